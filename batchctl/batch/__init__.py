@@ -1,0 +1,1 @@
+"""run-batch: plan, guards, run, outcome."""

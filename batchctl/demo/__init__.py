@@ -1,0 +1,1 @@
+"""A real batch on real data, to see everything work once."""

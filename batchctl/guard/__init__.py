@@ -1,0 +1,1 @@
+"""Never two at once."""

@@ -1,0 +1,1 @@
+"""aggregate: dirty buckets, refresh, next grain."""
