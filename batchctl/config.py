@@ -1,0 +1,188 @@
+"""The configuration as frozen types; `config_file` reads them from TOML."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping  # noqa: TC003 - msgspec reads the annotations
+from datetime import timedelta
+from pathlib import Path  # noqa: TC003 - the same
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta, Struct
+
+
+DURATION_PATTERN = r"^(\d+d)?(\d+h)?(\d+m)?(\d+s)?$"
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
+IDENTIFIER_PATTERN = r"^[^\s/\x00-\x1f][^/\x00-\x1f]*$"
+GRAIN_PATTERN = r"^[1-9]\d*[smh]$"
+HOUR = 3600
+
+Name = Annotated[str, Meta(pattern=NAME_PATTERN, description="letters, digits, and . _ - inside")]
+Identifier = Annotated[str, Meta(pattern=IDENTIFIER_PATTERN, description="no slash and no control character")]
+Grain = Annotated[str, Meta(pattern=GRAIN_PATTERN, description="a number and s, m or h, up to 1h: 1m, 5m, 1h")]
+Count = Annotated[int, Meta(ge=0)]
+
+
+class Duration(timedelta):
+    """A length of time, written like 90s, 15m, 6h or 1d12h."""
+
+    def __str__(self) -> str:
+        remaining = int(self.total_seconds())
+        parts = []
+        for unit, seconds in (("d", 86400), ("h", 3600), ("m", 60), ("s", 1)):
+            count, remaining = divmod(remaining, seconds)
+            if count:
+                parts.append(f"{count}{unit}")
+        return "".join(parts) or "0s"
+
+
+class OptionalDuration(Duration):
+    """A length of time, or an empty text for none."""
+
+
+def parse_duration(text: str) -> Duration:
+    """Read 90s, 15m, 6h or 1d12h.
+
+    Raises:
+        ValueError: it is anything else; the message says what is allowed.
+    """
+    if not text or re.match(DURATION_PATTERN, text) is None:
+        raise ValueError(f"found {text!r}, expected a duration such as 90s, 15m, 6h or 1d12h")
+    amounts = {unit: int(number) for number, unit in re.findall(r"(\d+)([dhms])", text)}
+    try:
+        return Duration(
+            days=amounts.get("d", 0),
+            hours=amounts.get("h", 0),
+            minutes=amounts.get("m", 0),
+            seconds=amounts.get("s", 0),
+        )
+    except OverflowError:
+        raise ValueError(f"found {text!r}, expected a duration of at most some thousand years") from None
+
+
+def duration_default(text: str) -> Any:
+    """Make a field's default from its written form."""
+    return msgspec.field(default_factory=lambda: parse_duration(text))
+
+
+class Database(Struct, frozen=True, forbid_unknown_fields=True):
+    """Where the state lives."""
+
+    url: str | None = None
+    embedded: bool = False
+    schema: Annotated[str, Meta(min_length=1, max_length=63)] = "batchctl"
+
+
+class Step(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One command of a batch."""
+
+    id: Identifier
+    command: Annotated[tuple[str, ...], Meta(min_length=1)]
+    group: Name | None = None
+    quantity: Count | None = None
+    timeout: Duration | None = None
+    retries: Count = 0
+    env: Mapping[str, str] = {}
+
+
+class Group(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What a group of steps does differently from its batch."""
+
+    parallel: bool = False
+    schedule: str = ""
+    min_gap: Duration | None = None
+    every: OptionalDuration | None = None
+    hours: str | None = None
+
+
+class Batch(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A list of steps that runs for each account."""
+
+    step: Annotated[tuple[Step, ...], Meta(min_length=1)]
+    schedule: str = ""
+    accounts: Annotated[tuple[Identifier, ...], Meta(min_length=1)] = ("default",)
+    max_parallel: Annotated[int, Meta(ge=1)] = 1
+    min_gap: Duration = duration_default("6h")
+    gap_factor: Annotated[float, Meta(ge=0)] = 0
+    every: OptionalDuration = msgspec.field(default_factory=OptionalDuration)
+    timeout: Duration = duration_default("30h")
+    step_timeout: Duration = duration_default("5h")
+    grace: Duration = duration_default("30s")
+    quantity: Count = 100
+    on_failure: Literal["continue", "stop"] = "continue"
+    leftovers: Literal["skip", "ignore"] = "skip"
+    hours: str = ""
+    enabled: bool = True
+    group: Mapping[Name, Group] = {}
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """Name the groups of the steps, in the order of the file."""
+        return tuple(dict.fromkeys(step.group for step in self.step if step.group is not None))
+
+
+class Rollup(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What is counted from a source, and in which grains."""
+
+    source: Annotated[str, Meta(min_length=1)]
+    time: Annotated[str, Meta(min_length=1)]
+    measures: Annotated[Mapping[str, str], Meta(min_length=1)]
+    dimensions: tuple[str, ...] = ()
+    where: str = ""
+    grains: Annotated[tuple[Grain, ...], Meta(min_length=1)] = ("1m", "5m", "1h")
+    target: str = "agg_{grain}"
+    schedule: Mapping[Grain, str] = msgspec.field(
+        default_factory=lambda: {"1m": "* * * * *", "5m": "*/5 * * * *", "1h": "1 * * * *"}
+    )
+    offset: Mapping[Grain, Duration] = msgspec.field(
+        default_factory=lambda: {"1m": parse_duration("5s"), "5m": parse_duration("15s")}
+    )
+    settle: Duration = duration_default("3s")
+    budget: Duration = duration_default("50s")
+    hours: str = ""
+    enabled: bool = True
+
+
+class Document(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The whole file, as written."""
+
+    timezone: str | None = None
+    language: Literal["en"] = "en"
+    state_dir: str | None = None
+    log_dir: str | None = None
+    database: Database = Database()
+    batch: Mapping[Name, Batch] = {}
+    rollup: Mapping[Name, Rollup] = {}
+
+
+class Configuration(Struct, frozen=True, kw_only=True):
+    """The file with its paths made absolute and its defaults filled in."""
+
+    path: Path
+    timezone: str | None
+    state_dir: Path
+    log_dir: Path
+    database: Database
+    batches: Mapping[str, Batch]
+    rollups: Mapping[str, Rollup]
+
+    @property
+    def directory(self) -> Path:
+        """Name the directory that relative paths, and the steps, start from."""
+        return self.path.parent
+
+
+def grain_seconds(grain: str) -> int:
+    """Turn 1m into 60."""
+    return int(grain[:-1]) * {"s": 1, "m": 60, "h": HOUR}[grain[-1]]
+
+
+def json_schema() -> dict[str, Any]:
+    """Describe the file for editors, as JSON Schema."""
+
+    def describe(kind: type) -> dict[str, Any]:
+        pattern = DURATION_PATTERN if issubclass(kind, OptionalDuration) else f"(?!^$){DURATION_PATTERN}"
+        return {"type": "string", "pattern": pattern, "description": str(kind.__doc__)}
+
+    return msgspec.json.schema(Document, schema_hook=describe)

@@ -1,0 +1,205 @@
+"""Short connections to one database, statements by name, driver errors in our own words."""
+
+from __future__ import annotations
+
+import re
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import psycopg
+from psycopg import sql
+from psycopg.conninfo import conninfo_to_dict
+from psycopg.rows import namedtuple_row
+
+from batchctl.errors import BatchctlError, ConfigurationError, DatabaseRefusedError, DatabaseUnavailableError
+from batchctl.state.sql import named_queries
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+    from typing import LiteralString
+
+    from batchctl.clock import Clock
+    from batchctl.config import Configuration
+    from batchctl.state.embedded import EmbeddedServer
+
+__all__ = ["Database", "Session", "open_database", "sql"]
+
+CONNECT_SECONDS = 4
+UNDEFINED = {"42P01", "3F000", "42703"}
+"""SQLSTATE of a missing table, schema or column."""
+
+# A client that vanished must not keep locks, and a server that vanished must not keep the client.
+CONNECTION_DEFAULTS: Mapping[str, Any] = {
+    "application_name": "batchctl",
+    "connect_timeout": CONNECT_SECONDS,
+    "keepalives_idle": 30,
+    "keepalives_interval": 10,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 60_000,
+}
+
+
+class MissingObjectError(DatabaseRefusedError):
+    """A table, schema or column that a statement names does not exist."""
+
+
+class Session:
+    """One open connection; each statement commits by itself unless a transaction is open."""
+
+    def __init__(self, connection: psycopg.Connection[Any], schema: str, place: str) -> None:
+        self.connection = connection
+        self.schema_name = schema
+        self.schema = sql.Identifier(schema)
+        self._place = place
+        self._queries: dict[str, dict[str, LiteralString]] = {}
+
+    def statement(self, name: str, **parts: sql.Composable) -> sql.Composed:
+        """Compose a statement of a file: `run.claim` is the statement `claim` of run.sql.
+
+        Args:
+            name: File and name of the statement.
+            parts: Identifiers or other composed text for the places in braces; `schema` is always filled in.
+        """
+        file, _, key = name.partition(".")
+        if file not in self._queries:
+            self._queries[file] = named_queries(f"{file}.sql")
+        return sql.SQL(self._queries[file][key]).format(schema=self.schema, **parts)
+
+    def run(self, statement: sql.Composable, parameters: Mapping[str, Any] | None = None) -> list[Any]:
+        """Execute a composed statement and return its rows as named tuples (none for a statement without a result).
+
+        A percent sign in the statement is a parameter's only if parameters are given.
+        """
+        try:
+            cursor = self.connection.execute(statement, parameters)
+            return cursor.fetchall() if cursor.description else []
+        except psycopg.Error as error:
+            raise _translate(error, self._place) from error
+
+    def fetch(self, name: str, **parameters: Any) -> list[Any]:
+        """Execute a statement by its name and return its rows as named tuples."""
+        return self.run(self.statement(name), parameters)
+
+    def fetch_one(self, name: str, **parameters: Any) -> Any:
+        """Execute a statement by its name and return its only row, or None."""
+        rows = self.fetch(name, **parameters)
+        return rows[0] if rows else None
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """Commit the block's statements together, or none of them."""
+        with self.connection.transaction():
+            yield
+
+
+class Database:
+    """Where to connect, and which schema is ours."""
+
+    def __init__(
+        self, parameters: Mapping[str, Any], schema: str, clock: Clock, server: EmbeddedServer | None = None
+    ) -> None:
+        self.parameters = {**CONNECTION_DEFAULTS, **parameters}
+        self.schema = schema
+        self._clock = clock
+        self._server = server
+
+    @property
+    def place(self) -> str:
+        """Name the database for messages, without secrets."""
+        if self._server is not None:
+            return f"the embedded database in {self._server.directory}"
+        host = self.parameters.get("host") or self.parameters.get("hostaddr") or self.parameters.get("service")
+        name = self.parameters.get("dbname")
+        return f"the database{f' {name!r}' if name else ''}{f' on {host}' if host else ''}"
+
+    @contextmanager
+    def connect(self, *, patience: float = 0, limit: float | None = None) -> Iterator[Session]:
+        """Open a connection for the block, starting the embedded server if it is down.
+
+        Args:
+            patience: Seconds during which a refused connection is tried again (a server that restarts).
+            limit: Seconds that connecting, and each statement, may take at most; for records that are not worth waiting for.
+
+        Raises:
+            DatabaseUnavailableError: the server cannot be reached, or was lost in the middle.
+            ConfigurationError: the server refused a statement for want of a right.
+            DatabaseRefusedError: the server refused a statement for another reason.
+        """
+        try:
+            with self._open(patience, limit) as connection:
+                session = Session(connection, self.schema, self.place)
+                if limit is not None:
+                    session.run(sql.SQL("SET statement_timeout = {}").format(sql.Literal(int(limit * 1000))))
+                yield session
+        except psycopg.Error as error:
+            raise _translate(error, self.place) from error
+
+    def _open(self, patience: float, limit: float | None) -> psycopg.Connection[Any]:
+        parameters = dict(self.parameters)
+        if limit is not None:
+            parameters["connect_timeout"] = max(int(limit), 1)
+        give_up = self._clock.monotonic() + patience
+        while True:
+            try:
+                return self._connect(parameters)
+            except psycopg.OperationalError:
+                if self._server is not None and limit is None:
+                    self._server.start()
+                    return self._connect(parameters)
+                if self._clock.monotonic() >= give_up:
+                    raise
+                self._clock.sleep(0.5)
+
+    def _connect(self, parameters: dict[str, Any]) -> psycopg.Connection[Any]:
+        # Statements are never prepared: a transaction pooler gives each transaction another server session.
+        return psycopg.connect(**parameters, autocommit=True, prepare_threshold=None, row_factory=namedtuple_row)
+
+
+def open_database(configuration: Configuration, clock: Clock) -> Database:
+    """Name the configured database; nothing is connected yet.
+
+    Raises:
+        ConfigurationError: the URL is not one that libpq understands.
+    """
+    chosen = configuration.database
+    if chosen.url is None:
+        from batchctl.state.embedded import EmbeddedServer  # noqa: PLC0415 - only where there is no other database
+
+        server = EmbeddedServer(configuration.state_dir / "postgresql", clock)
+        return Database(server.connection_parameters(), chosen.schema, clock, server)
+    try:
+        parameters = conninfo_to_dict(chosen.url)
+    except psycopg.ProgrammingError:
+        # libpq's own message would show the text, and with it a password.
+        raise ConfigurationError(
+            "the database url (database.url or $BATCHCTL_DATABASE_URL) is not one that libpq understands; "
+            "expected postgresql://USER@HOST:PORT/DATABASE"
+        ) from None
+    return Database(parameters, chosen.schema, clock)
+
+
+def _translate(error: psycopg.Error, place: str) -> BatchctlError:
+    """Turn a driver error into ours, by SQLSTATE."""
+    state = error.sqlstate
+    text = " ".join((error.diag.message_primary or str(error) or type(error).__name__).split())
+    if state is None:
+        if isinstance(error, psycopg.OperationalError):
+            return DatabaseUnavailableError(f"{place} cannot be reached: {_without_noise(text)}")
+        return DatabaseRefusedError(f"{place}: {text}")
+    # Connection lost, out of resources, shutting down, or a standby that cannot write.
+    if state[:2] in ("08", "53") or state[:3] == "57P" or state == "25006":
+        return DatabaseUnavailableError(f"{place} is not available: {text}")
+    if state in UNDEFINED:
+        return MissingObjectError(f"{place}: {text}")
+    if state == "42501":
+        return ConfigurationError(f"{place}: {text}; grant the right, or connect as a role that has it")
+    return DatabaseRefusedError(f"{place}: {text} (SQLSTATE {state})")
+
+
+def _without_noise(text: str) -> str:
+    """Cut libpq's advice, which repeats itself for each address tried."""
+    return re.sub(
+        r" Is the server running (locally and accepting connections on that socket|on that host and accepting TCP/IP connections)\?",
+        "",
+        text,
+    )
