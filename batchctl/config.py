@@ -11,7 +11,6 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta, Struct
 
-
 DURATION_PATTERN = r"^(\d+d)?(\d+h)?(\d+m)?(\d+s)?$"
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
 IDENTIFIER_PATTERN = r"^[^\s/\x00-\x1f][^/\x00-\x1f]*$"
@@ -19,7 +18,9 @@ GRAIN_PATTERN = r"^[1-9]\d*[smh]$"
 HOUR = 3600
 
 Name = Annotated[str, Meta(pattern=NAME_PATTERN, description="letters, digits, and . _ - inside")]
-Identifier = Annotated[str, Meta(pattern=IDENTIFIER_PATTERN, description="no slash and no control character")]
+Identifier = Annotated[
+    str, Meta(pattern=IDENTIFIER_PATTERN, max_length=100, description="no slash and no control character")
+]
 Grain = Annotated[str, Meta(pattern=GRAIN_PATTERN, description="a number and s, m or h, up to 1h: 1m, 5m, 1h")]
 Count = Annotated[int, Meta(ge=0)]
 

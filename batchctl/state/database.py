@@ -65,7 +65,7 @@ class Session:
             self._queries[file] = named_queries(f"{file}.sql")
         return sql.SQL(self._queries[file][key]).format(schema=self.schema, **parts)
 
-    def run(self, statement: sql.Composable, parameters: Mapping[str, Any] | None = None) -> list[Any]:
+    def run(self, statement: sql.SQL | sql.Composed, parameters: Mapping[str, Any] | None = None) -> list[Any]:
         """Execute a composed statement and return its rows as named tuples (none for a statement without a result).
 
         A percent sign in the statement is a parameter's only if parameters are given.
@@ -118,7 +118,7 @@ class Database:
 
         Args:
             patience: Seconds during which a refused connection is tried again (a server that restarts).
-            limit: Seconds that connecting, and each statement, may take at most; for records that are not worth waiting for.
+            limit: Seconds that connecting, and each statement, may take; for records that are not worth a wait.
 
         Raises:
             DatabaseUnavailableError: the server cannot be reached, or was lost in the middle.
@@ -198,8 +198,4 @@ def _translate(error: psycopg.Error, place: str) -> BatchctlError:
 
 def _without_noise(text: str) -> str:
     """Cut libpq's advice, which repeats itself for each address tried."""
-    return re.sub(
-        r" Is the server running (locally and accepting connections on that socket|on that host and accepting TCP/IP connections)\?",
-        "",
-        text,
-    )
+    return re.sub(r" Is the server running [^?]*\?", "", text)

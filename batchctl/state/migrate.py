@@ -25,7 +25,8 @@ def require_schema(session: Session) -> None:
         upgrade(session)
     elif version < LATEST_VERSION:
         raise ConfigurationError(
-            f"the schema in the database has version {version}, this program needs {LATEST_VERSION}; run `batchctl migrate`"
+            f"the schema in the database has version {version}, this program needs {LATEST_VERSION}; "
+            "run `batchctl migrate`"
         )
     else:
         refuse_newer(version)

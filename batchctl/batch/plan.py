@@ -1,0 +1,141 @@
+"""What a run will do: batch and options become accounts and steps in order (pure)."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+from batchctl.errors import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from datetime import timedelta
+
+    from batchctl.config import Batch, Step
+
+TOKENS = re.compile(r"\{(batch|account|step|group|quantity|run_id)\}")
+
+
+@dataclass(frozen=True)
+class PlannedStep:
+    """One step for one account."""
+
+    account: str
+    step: str
+    group: str | None
+    quantity: int
+    timeout: timedelta
+    retries: int
+    command: tuple[str, ...]
+    env: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class AccountPlan:
+    """The steps of an account: stages one after another, the steps of a stage together."""
+
+    account: str
+    stages: tuple[tuple[PlannedStep, ...], ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that a run will do.
+
+    Args:
+        batch: Name of the batch.
+        job: The batch, or batch/group if one group was asked for.
+        groups: Groups whose steps take part.
+        whole: True if no option left out a step or an account.
+        accounts: What each account does.
+    """
+
+    batch: str
+    job: str
+    groups: tuple[str, ...]
+    whole: bool
+    accounts: tuple[AccountPlan, ...]
+
+    @property
+    def steps(self) -> tuple[PlannedStep, ...]:
+        """List every step of every account in order."""
+        return tuple(step for account in self.accounts for stage in account.stages for step in stage)
+
+    @property
+    def jobs(self) -> tuple[str, ...]:
+        """Name the jobs for which a completion counts: the batch and each group that takes part."""
+        return (self.batch, *(f"{self.batch}/{group}" for group in self.groups))
+
+
+def make_plan(
+    name: str, batch: Batch, *, account: str | None = None, group: str | None = None, steps: Sequence[str] = ()
+) -> Plan:
+    """Choose accounts and steps.
+
+    Args:
+        name: Name of the batch.
+        batch: Its configuration.
+        account: Only this account.
+        group: Only the steps of this group.
+        steps: Only these steps, in the order of the file whatever their order here.
+
+    Raises:
+        UsageError: an option names something that the batch does not have.
+    """
+    _require("--account", account, batch.accounts)
+    _require("--group", group, batch.groups)
+    for step in steps:
+        _require("--step", step, tuple(known.id for known in batch.step))
+    job_steps = [step for step in batch.step if group is None or step.group == group]
+    chosen = [step for step in job_steps if not steps or step.id in steps]
+    if not chosen:
+        raise UsageError(f"--step {' --step '.join(steps)}: none of these steps is in the group {group!r}")
+    accounts = batch.accounts if account is None else (account,)
+    return Plan(
+        batch=name,
+        job=name if group is None else f"{name}/{group}",
+        groups=tuple(dict.fromkeys(step.group for step in chosen if step.group is not None)),
+        whole=len(chosen) == len(job_steps) and accounts == batch.accounts,
+        accounts=tuple(AccountPlan(each, _stages(each, batch, chosen)) for each in accounts),
+    )
+
+
+def fill(text: str, *, batch: str, run_id: str, step: PlannedStep) -> str:
+    """Replace the known tokens of an argument; other braces stay as they are."""
+    values = {
+        "batch": batch,
+        "account": step.account,
+        "step": step.step,
+        "group": step.group or "",
+        "quantity": str(step.quantity),
+        "run_id": run_id,
+    }
+    return TOKENS.sub(lambda match: values[match[1]], text)
+
+
+def _stages(account: str, batch: Batch, steps: Sequence[Step]) -> tuple[tuple[PlannedStep, ...], ...]:
+    stages: list[tuple[PlannedStep, ...]] = []
+    for group, members in groupby(steps, key=lambda step: step.group):
+        planned = tuple(
+            PlannedStep(
+                account=account,
+                step=step.id,
+                group=step.group,
+                quantity=batch.quantity if step.quantity is None else step.quantity,
+                timeout=step.timeout or batch.step_timeout,
+                retries=step.retries,
+                command=step.command,
+                env=step.env,
+            )
+            for step in members
+        )
+        together = group in batch.group and batch.group[group].parallel
+        stages.extend([planned] if together else [(step,) for step in planned])
+    return tuple(stages)
+
+
+def _require(option: str, value: str | None, known: tuple[str, ...]) -> None:
+    if value is not None and value not in known:
+        raise UsageError(f"{option} {value}: no such {option[2:]}; known: {', '.join(known) or '(none)'}")

@@ -1,0 +1,72 @@
+"""The third guard's arithmetic: the earliest next start (pure)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta, tzinfo
+
+CRON_JITTER = timedelta(seconds=60)
+"""How much too early a start may come under `every`: cron does not start at the same second each day."""
+DAY = timedelta(days=1)
+
+
+@dataclass(frozen=True)
+class GapRule:
+    """How far apart starts have to be.
+
+    Args:
+        min_gap: Between a completion and the next start.
+        gap_factor: The same as a multiple of the estimate; 0 for none.
+        every: Between two starts; 0 for no such rule.
+        zone: Where whole days of `every` are counted as local days.
+    """
+
+    min_gap: timedelta
+    gap_factor: float
+    every: timedelta
+    zone: tzinfo
+
+    def gap(self, estimate: timedelta) -> timedelta:
+        """Return the gap that holds for a job that takes that long."""
+        return max(self.min_gap, estimate * self.gap_factor)
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a start comes too early, and from when on it does not."""
+
+    reason: str
+    next_eligible_at: datetime
+    gap: timedelta
+    since: datetime
+
+
+def earliest_start(
+    rule: GapRule, *, last_completed_at: datetime | None, last_started_at: datetime | None, estimate: timedelta
+) -> Refusal | None:
+    """Return what forbids a start, and until when; None if nothing ever ran.
+
+    The instants are the database's; the reason is `gap` (after a completion) or `not_due` (`every`), whichever holds
+    longer.
+    """
+    refusals = []
+    if last_completed_at is not None:
+        gap = rule.gap(estimate)
+        refusals.append(Refusal("gap", last_completed_at + gap, gap, last_completed_at))
+    if last_started_at is not None and rule.every:
+        due = due_after(last_started_at, rule.every, rule.zone) - CRON_JITTER
+        refusals.append(Refusal("not_due", due, rule.every, last_started_at))
+    return max(refusals, key=lambda refusal: refusal.next_eligible_at, default=None)
+
+
+def due_after(start: datetime, every: timedelta, zone: tzinfo) -> datetime:
+    """Return when a start is due again; whole days are local days, also those of 23 or 25 hours."""
+    if every % DAY:
+        return start + every
+    # Arithmetic on an aware datetime of one zone moves the wall clock, not the instant.
+    return (start.astimezone(zone) + every).astimezone(UTC)
+
+
+def refused(refusal: Refusal | None, now: datetime) -> bool:
+    """Tell whether a start now is too early."""
+    return refusal is not None and now < refusal.next_eligible_at

@@ -1,0 +1,100 @@
+"""Which process a recorded number means: process id, start in kernel ticks, boot."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+STATE, PROCESS_GROUP, SESSION, START_TICKS = 0, 2, 3, 19
+"""Places in /proc/PID/stat, counted from the field after the command's name (proc(5))."""
+
+
+class ProcessIdentity(NamedTuple):
+    """A process that a reused process id, a reboot or a clock that was set cannot be mistaken for.
+
+    Ticks are counted by the kernel since boot, so they do not move when the wall clock does.
+    """
+
+    pid: int
+    start_ticks: int
+    boot_id: str
+
+
+def boot_id() -> str:
+    """Identify this boot of the machine; empty where the kernel does not tell."""
+    try:
+        return BOOT_ID.read_text(encoding="ascii").strip()
+    except OSError:
+        return ""
+
+
+def stat_fields(pid: int) -> list[str] | None:
+    """Read /proc/PID/stat behind the command's name, None if there is no such process or it is hidden."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return None
+    # The name stands in parentheses and may itself contain anything.
+    return text.rpartition(")")[2].split()
+
+
+def start_ticks(pid: int) -> int:
+    """Return when a process started in kernel ticks since boot, 0 if that cannot be seen."""
+    fields = stat_fields(pid)
+    return int(fields[START_TICKS]) if fields else 0
+
+
+def identify(pid: int) -> ProcessIdentity:
+    """Describe a process that is known to be running."""
+    return ProcessIdentity(pid, start_ticks(pid), boot_id())
+
+
+def exists(pid: int) -> bool:
+    """Tell whether a process has this id now, zombies included; not being allowed to ask means it has."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def alive(process: ProcessIdentity, *, hidden_counts: bool) -> bool:
+    """Tell whether that very process still runs; a zombie, a reused id and another boot are dead.
+
+    Args:
+        process: What was recorded.
+        hidden_counts: What to answer for an id that is in use but that /proc hides.
+    """
+    if process.boot_id != boot_id() or not exists(process.pid):
+        return False
+    fields = stat_fields(process.pid)
+    if fields is None:
+        return hidden_counts
+    return fields[STATE] not in "ZX" and int(fields[START_TICKS]) == process.start_ticks
+
+
+def ancestors() -> set[int]:
+    """Return the ids of this process and of all above it."""
+    found = set()
+    pid = os.getpid()
+    while pid > 0 and pid not in found:
+        found.add(pid)
+        fields = stat_fields(pid)
+        pid = int(fields[1]) if fields else 0
+    return found
+
+
+def session_members(session: int) -> list[int]:
+    """Return the ids of the processes of a session that still run, zombies left out."""
+    members = []
+    for entry in os.scandir("/proc"):
+        if not entry.name.isdigit():
+            continue
+        fields = stat_fields(int(entry.name))
+        if fields and int(fields[SESSION]) == session and fields[STATE] not in "ZX":
+            members.append(int(entry.name))
+    return members

@@ -1,0 +1,112 @@
+"""Cron times, time zones, daylight saving."""
+
+from __future__ import annotations
+
+import re
+from datetime import UTC, datetime, timedelta, tzinfo
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cronsim import CronSim, CronSimError
+
+from batchctl.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from batchctl.config import Configuration
+
+CRON_FIELDS = 5
+CRON_CHARACTERS = re.compile(r"^[0-9A-Za-z*,/\- ]+$")
+
+
+def next_time(expression: str, after: datetime, zone: tzinfo) -> datetime | None:
+    """Return the first cron time after an instant, in UTC, or None if there is none."""
+    return next((time.astimezone(UTC) for time in CronSim(expression, after.astimezone(zone))), None)
+
+
+def inside_hours(hours: str, now: datetime, zone: tzinfo) -> bool:
+    """Tell whether an instant lies in the hours (cron's hour field, local); no hours means always."""
+    if not hours:
+        return True
+    minute = now.astimezone(zone).replace(second=0, microsecond=0)
+    return next_time(f"* {hours} * * *", minute - timedelta(minutes=1), zone) == minute.astimezone(UTC)
+
+
+def next_inside_hours(hours: str, after: datetime, zone: tzinfo) -> datetime:
+    """Return the first minute inside the hours after an instant."""
+    return next_time(f"* {hours or '*'} * * *", after, zone) or after
+
+
+def problem(expression: str) -> str | None:
+    """Say what is wrong with a cron expression, None if it is one that the system's cron takes too."""
+    fields = expression.split()
+    if len(fields) != CRON_FIELDS or CRON_CHARACTERS.match(expression) is None:
+        return f"found {expression!r}, expected five cron fields such as '0 1 * * *'"
+    # cronsim also knows L and #, which Debian's cron would refuse when the line is installed.
+    if re.search(r"(^|[,\-/\s])\d*L", expression):
+        return f"found {expression!r}, expected fields that the system's cron knows, which has no L"
+    try:
+        found = next(CronSim(expression, datetime(2024, 1, 1, tzinfo=UTC)), None)
+    except CronSimError as error:
+        return f"found {expression!r}, which is not a cron expression ({error}); expected one such as '0 1 * * *'"
+    return None if found else f"found {expression!r}, which no day ever matches"
+
+
+def validate(configuration: Configuration) -> None:
+    """Check every cron expression of a configuration.
+
+    Raises:
+        ConfigurationError: names the key path of the first that is wrong.
+    """
+
+    for key_path, expression in _expressions(configuration):
+        wrong = problem(expression)
+        if wrong is not None:
+            raise ConfigurationError(f"{configuration.path}: {key_path}: {wrong}")
+    for key_path, hours in _hours(configuration):
+        if " " in hours or problem(f"0 {hours} * * *"):
+            raise ConfigurationError(
+                f"{configuration.path}: {key_path}: found {hours!r}, expected cron's hour field such as '0-6' or '1,13'"
+            )
+
+
+def _expressions(configuration: Configuration) -> Iterator[tuple[str, str]]:
+    for name, batch in configuration.batches.items():
+        if batch.schedule:
+            yield f"batch.{name}.schedule", batch.schedule
+        for group_name, group in batch.group.items():
+            if group.schedule:
+                yield f"batch.{name}.group.{group_name}.schedule", group.schedule
+    for name, rollup in configuration.rollups.items():
+        for grain, expression in rollup.schedule.items():
+            yield f"rollup.{name}.schedule.{grain}", expression
+
+
+def _hours(configuration: Configuration) -> Iterator[tuple[str, str]]:
+    for name, batch in configuration.batches.items():
+        if batch.hours:
+            yield f"batch.{name}.hours", batch.hours
+        for group_name, group in batch.group.items():
+            if group.hours:
+                yield f"batch.{name}.group.{group_name}.hours", group.hours
+    for name, rollup in configuration.rollups.items():
+        if rollup.hours:
+            yield f"rollup.{name}.hours", rollup.hours
+
+
+def local_zone(name: str | None) -> tzinfo:
+    """Return the configured time zone, or the system's as /etc/localtime has it (not $TZ, which cron does not set)."""
+    import zoneinfo  # noqa: PLC0415 - needed only where times are shown or counted in days
+
+    if name is not None:
+        return zoneinfo.ZoneInfo(name)
+    system = Path("/etc/localtime")
+    try:
+        _, found, zone = str(system.resolve(strict=True)).rpartition("/zoneinfo/")
+        if found:
+            return zoneinfo.ZoneInfo(zone)
+        with system.open("rb") as file:
+            return zoneinfo.ZoneInfo.from_file(file, key="localtime")
+    except (OSError, ValueError, zoneinfo.ZoneInfoNotFoundError):
+        return UTC
