@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import os
 from contextlib import suppress
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from batchctl.errors import ConfigurationError
@@ -14,6 +13,7 @@ from batchctl.paths import private_directory
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+    from pathlib import Path
 
 RUN_MARKER = "BATCHCTL_RUN_ID"
 """The variable by which a process is known to belong to a run."""
@@ -85,11 +85,13 @@ def find_orphans(state_dir: Path, batch: str, recorded: Iterable[Recorded]) -> l
         for record in recorded
         if record.process.pid not in ourselves and alive(record.process, hidden_counts=record.run_id in held)
     }
+    inherited = set()
     for pid, run_id, what in marked_processes(run_ids):
-        if pid not in ourselves:
+        if pid in ourselves:
+            inherited.add(run_id)
+        else:
             found.setdefault(pid, Orphan(run_id, pid, what))
     seen = {orphan.run_id for orphan in found.values()}
-    inherited = {run_id for pid, run_id, _ in marked_processes(run_ids) if pid in ourselves}
     hidden = [Orphan(run_id, None, "a process that /proc hides") for run_id in sorted(held - seen - inherited)]
     for run_id in lock_files.keys() - held - seen:
         lock_files[run_id].unlink(missing_ok=True)

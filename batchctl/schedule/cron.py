@@ -59,7 +59,6 @@ def validate(configuration: Configuration) -> None:
     Raises:
         ConfigurationError: names the key path of the first that is wrong.
     """
-
     for key_path, expression in _expressions(configuration):
         wrong = problem(expression)
         if wrong is not None:

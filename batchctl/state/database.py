@@ -104,6 +104,11 @@ class Database:
         self._server = server
 
     @property
+    def embedded(self) -> bool:
+        """Tell whether this is the embedded database."""
+        return self._server is not None
+
+    @property
     def place(self) -> str:
         """Name the database for messages, without secrets."""
         if self._server is not None:

@@ -1,0 +1,241 @@
+"""Walks the plan: accounts side by side, steps in order, deadline, retries, stop or continue, record."""
+
+from __future__ import annotations
+
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from batchctl.batch.plan import PlannedStep, fill
+from batchctl.batch.process import Child, Command, Ending, Interruption, run_child
+from batchctl.paths import private_directory
+
+if TYPE_CHECKING:
+    import logging
+    from collections.abc import Callable, Mapping
+    from datetime import datetime
+    from pathlib import Path
+
+    from batchctl.batch.plan import AccountPlan, Plan
+    from batchctl.batch.record import Recorder
+    from batchctl.clock import Clock
+    from batchctl.config import Batch
+
+RETRY_SECONDS, RETRY_LONGEST_SECONDS = 10.0, 600.0
+"""The delay before the first retry, doubled for each further one up to the longest."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What became of a step for an account; `not_run` until it has started."""
+
+    account: str
+    step: str
+    group: str | None
+    quantity: int
+    outcome: str = "not_run"
+    exit_code: int | None = None
+    signal: int | None = None
+    reason: str | None = None
+    attempts: int = 0
+    duration_seconds: float | None = None
+    log: str | None = None
+    running: bool = False
+
+
+@dataclass(frozen=True)
+class RunSetting:
+    """What a run needs besides its plan.
+
+    Args:
+        batch: The configuration.
+        run_id: Its id.
+        directory: Working directory of the steps.
+        log_dir: Directory for the output of this run's steps.
+        lock_descriptor: What every step inherits.
+        deadline: When the whole run is over, by the monotonic clock.
+        deadline_at: The same as an instant, for the steps to know.
+    """
+
+    batch: Batch
+    run_id: str
+    directory: Path
+    log_dir: Path
+    lock_descriptor: int
+    deadline: float
+    deadline_at: datetime
+
+
+class Runner:
+    """One run of a batch."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        setting: RunSetting,
+        *,
+        recorder: Recorder,
+        clock: Clock,
+        interruption: Interruption,
+        log: logging.Logger,
+        watch: Callable[[StepResult], None],
+    ) -> None:
+        self._plan = plan
+        self._setting = setting
+        self._recorder = recorder
+        self._clock = clock
+        self._interruption = interruption
+        self._log = log
+        self._watch = watch
+        self._guard = threading.Lock()
+        self._stopped_by_policy = False
+        self._results = {
+            (step.account, step.step): StepResult(step.account, step.step, step.group, step.quantity)
+            for step in plan.steps
+        }
+
+    def run(self) -> tuple[StepResult, ...]:
+        """Run every account and return what became of each step, in the order of the plan."""
+        workers = min(self._setting.batch.max_parallel, len(self._plan.accounts))
+        with ThreadPoolExecutor(workers, thread_name_prefix="account") as pool:
+            for future in [pool.submit(self._run_account, account) for account in self._plan.accounts]:
+                future.result()
+        return tuple(self._results.values())
+
+    def outcome(self) -> str:
+        """Sum up the run by what became of its steps."""
+        outcomes = [result.outcome for result in self._results.values()]
+        if self._interruption.count:
+            return "stopped"
+        if self._past_deadline() and any(outcome in ("not_run", "timeout") for outcome in outcomes):
+            return "timeout"
+        if all(outcome == "success" for outcome in outcomes):
+            return "success"
+        if self._stopped_by_policy or "success" not in outcomes:
+            return "failed"
+        return "partial"
+
+    def _run_account(self, account: AccountPlan) -> None:
+        if self._may_go_on():
+            self._log.info("Account %s started (own process)", account.account)
+        for stage in account.stages:
+            if len(stage) == 1:
+                self._run_step(stage[0])
+                continue
+            with ThreadPoolExecutor(len(stage), thread_name_prefix=account.account) as pool:
+                for future in [pool.submit(self._run_step, step) for step in stage]:
+                    future.result()
+
+    def _may_go_on(self) -> bool:
+        return not (self._interruption.count or self._stopped_by_policy or self._past_deadline())
+
+    def _past_deadline(self) -> bool:
+        return self._clock.monotonic() >= self._setting.deadline
+
+    def _run_step(self, step: PlannedStep) -> None:
+        began = self._clock.monotonic()
+        ending = None
+        for attempt in range(1, step.retries + 2):
+            if not self._may_go_on():
+                break
+            ending = self._attempt(step, attempt)
+            self._note(step, ending, attempt, self._clock.monotonic() - began)
+            if ending.outcome in ("success", "stopped") or attempt > step.retries:
+                break
+            delay = min(RETRY_SECONDS * 2 ** (attempt - 1), RETRY_LONGEST_SECONDS)
+            delay = min(delay, max(self._setting.deadline - self._clock.monotonic(), 0))
+            self._log.warning(
+                "Step %s of account %s: attempt %d of %d %s; next in %ds",
+                *(step.step, step.account, attempt, step.retries + 1, _in_words(ending), delay),
+            )
+            self._interruption.wait(delay)
+        if ending is not None:
+            self._conclude(step, ending)
+
+    def _conclude(self, step: PlannedStep, ending: Ending) -> None:
+        result = self._results[step.account, step.step]
+        if ending.outcome == "success":
+            self._log.info("Step %s of account %s: success in %.1fs", step.step, step.account, result.duration_seconds)
+            return
+        level = self._log.info if ending.outcome == "stopped" else self._log.error
+        level("Step %s of account %s: %s; output in %s", step.step, step.account, _in_words(ending), result.log)
+        if ending.outcome != "stopped" and self._setting.batch.on_failure == "stop":
+            self._stopped_by_policy = True
+
+    def _attempt(self, step: PlannedStep, attempt: int) -> Ending:
+        setting = self._setting
+        log_path = setting.log_dir / f"{step.account}.{step.step}.log"
+        key = {"run_id": setting.run_id, "account": step.account, "step": step.step, "attempt": attempt}
+        known = {"group": step.group, "quantity": step.quantity, "log": str(log_path)}
+        began = self._clock.monotonic()
+
+        def started(child: Child) -> None:
+            self._recorder.write(
+                "step_started", {**key, **known, "pid": child.pid, "pid_start_ticks": child.start_ticks}
+            )
+
+        self._update(step, attempts=attempt, log=str(log_path), running=True)
+        private_directory(setting.log_dir)
+        ending = run_child(
+            Command(
+                arguments=[
+                    fill(text, batch=self._plan.batch, run_id=setting.run_id, step=step) for text in step.command
+                ],
+                directory=setting.directory,
+                environment=self._environment(step, attempt),
+                log=log_path,
+                inherited=setting.lock_descriptor,
+            ),
+            timeouts=[
+                (step.timeout.total_seconds(), f"ran longer than its timeout of {step.timeout}"),
+                (setting.deadline - began, f"the whole run reached its timeout of {setting.batch.timeout}"),
+            ],
+            grace=setting.batch.grace.total_seconds(),
+            interruption=self._interruption,
+            clock=self._clock,
+            started=started,
+        )
+        values: dict[str, Any] = {"outcome": ending.outcome, "reason": ending.reason}
+        values |= {"exit_code": ending.exit_code, "signal": ending.signal}
+        duration = timedelta(seconds=self._clock.monotonic() - began)
+        self._recorder.write("step_finished", {**key, **known, **values, "duration": duration})
+        return ending
+
+    def _environment(self, step: PlannedStep, attempt: int) -> Mapping[str, str]:
+        return {
+            **os.environ,
+            **step.env,
+            "BATCHCTL_BATCH": self._plan.batch,
+            "BATCHCTL_ACCOUNT": step.account,
+            "BATCHCTL_STEP": step.step,
+            "BATCHCTL_GROUP": step.group or "",
+            "BATCHCTL_QUANTITY": str(step.quantity),
+            "BATCHCTL_RUN_ID": self._setting.run_id,
+            "BATCHCTL_ATTEMPT": str(attempt),
+            "BATCHCTL_DEADLINE": self._setting.deadline_at.strftime("%Y-%m-%dT%H:%M:%SZ"),
+        }
+
+    def _note(self, step: PlannedStep, ending: Ending, attempt: int, duration: float) -> None:
+        self._update(
+            step,
+            outcome=ending.outcome,
+            exit_code=ending.exit_code,
+            signal=ending.signal,
+            reason=ending.reason,
+            attempts=attempt,
+            duration_seconds=round(duration, 3),
+            running=False,
+        )
+
+    def _update(self, step: PlannedStep, **changes: Any) -> None:
+        with self._guard:
+            key = (step.account, step.step)
+            self._results[key] = replace(self._results[key], **changes)
+            self._watch(self._results[key])
+
+
+def _in_words(ending: Ending) -> str:
+    return f"{ending.outcome}{f' ({ending.reason})' if ending.reason else ''}"
