@@ -118,6 +118,15 @@ class Runner:
             return "failed"
         return "partial"
 
+    def reason(self) -> str | None:
+        """Say in words what ended the run, None if nothing cut it short."""
+        outcome = self.outcome()
+        if outcome == "stopped":
+            return f"batchctl received signal {self._interruption.signal}"
+        if outcome == "timeout":
+            return f"the whole run reached its timeout of {self._setting.batch.timeout}"
+        return 'on_failure = "stop"' if self._stopped_by_policy else None
+
     def _run_account(self, account: AccountPlan) -> None:
         if self._may_go_on():
             self._log.info("Account %s started (own process)", account.account)

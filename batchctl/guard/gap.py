@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta, tzinfo
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from batchctl.config import Batch
 
 CRON_JITTER = timedelta(seconds=60)
 """How much too early a start may come under `every`: cron does not start at the same second each day."""
@@ -70,3 +74,17 @@ def due_after(start: datetime, every: timedelta, zone: tzinfo) -> datetime:
 def refused(refusal: Refusal | None, now: datetime) -> bool:
     """Tell whether a start now is too early."""
     return refusal is not None and now < refusal.next_eligible_at
+
+
+def gap_rule(batch: Batch, group: str | None, zone: tzinfo) -> GapRule:
+    """Say how far apart starts of a batch, or of one of its groups, have to be."""
+    own = batch.group.get(group) if group else None
+    min_gap = own.min_gap if own and own.min_gap is not None else batch.min_gap
+    every = own.every if own and own.every is not None else batch.every
+    return GapRule(min_gap, batch.gap_factor, every, zone)
+
+
+def job_hours(batch: Batch, group: str | None) -> str:
+    """Say in which hours a batch, or one of its groups, may start."""
+    own = batch.group.get(group) if group else None
+    return own.hours if own and own.hours is not None else batch.hours

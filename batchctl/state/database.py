@@ -53,7 +53,7 @@ class Session:
         self._place = place
         self._queries: dict[str, dict[str, LiteralString]] = {}
 
-    def statement(self, name: str, **parts: sql.Composable) -> sql.Composed:
+    def statement(self, name: str, /, **parts: sql.Composable) -> sql.Composed:
         """Compose a statement of a file: `run.claim` is the statement `claim` of run.sql.
 
         Args:
@@ -76,11 +76,11 @@ class Session:
         except psycopg.Error as error:
             raise _translate(error, self._place) from error
 
-    def fetch(self, name: str, **parameters: Any) -> list[Any]:
+    def fetch(self, name: str, /, **parameters: Any) -> list[Any]:
         """Execute a statement by its name and return its rows as named tuples."""
         return self.run(self.statement(name), parameters)
 
-    def fetch_one(self, name: str, **parameters: Any) -> Any:
+    def fetch_one(self, name: str, /, **parameters: Any) -> Any:
         """Execute a statement by its name and return its only row, or None."""
         rows = self.fetch(name, **parameters)
         return rows[0] if rows else None
@@ -100,6 +100,8 @@ class Database:
     ) -> None:
         self.parameters = {**CONNECTION_DEFAULTS, **parameters}
         self.schema = schema
+        self.place = _place(parameters) if server is None else "the embedded database"
+        """Name of the database for messages, without secrets."""
         self._clock = clock
         self._server = server
 
@@ -108,20 +110,14 @@ class Database:
         """Tell whether this is the embedded database."""
         return self._server is not None
 
-    @property
-    def place(self) -> str:
-        """Name the database for messages, without secrets."""
-        if self._server is not None:
-            return f"the embedded database in {self._server.directory}"
-        host = self.parameters.get("host") or self.parameters.get("hostaddr") or self.parameters.get("service")
-        name = self.parameters.get("dbname")
-        return f"the database{f' {name!r}' if name else ''}{f' on {host}' if host else ''}"
-
     @contextmanager
-    def connect(self, *, patience: float = 0, limit: float | None = None) -> Iterator[Session]:
+    def connect(
+        self, *, patience: float = 0, limit: float | None = None, start_server: bool = True
+    ) -> Iterator[Session]:
         """Open a connection for the block, starting the embedded server if it is down.
 
         Args:
+            start_server: False to do without a server that is down rather than to wait for its start.
             patience: Seconds during which a refused connection is tried again (a server that restarts).
             limit: Seconds that connecting, and each statement, may take; for records that are not worth a wait.
 
@@ -131,7 +127,7 @@ class Database:
             DatabaseRefusedError: the server refused a statement for another reason.
         """
         try:
-            with self._open(patience, limit) as connection:
+            with self._open(patience, limit, start_server=start_server) as connection:
                 session = Session(connection, self.schema, self.place)
                 if limit is not None:
                     session.run(sql.SQL("SET statement_timeout = {}").format(sql.Literal(int(limit * 1000))))
@@ -139,7 +135,7 @@ class Database:
         except psycopg.Error as error:
             raise _translate(error, self.place) from error
 
-    def _open(self, patience: float, limit: float | None) -> psycopg.Connection[Any]:
+    def _open(self, patience: float, limit: float | None, *, start_server: bool) -> psycopg.Connection[Any]:
         parameters = dict(self.parameters)
         if limit is not None:
             parameters["connect_timeout"] = max(int(limit), 1)
@@ -148,7 +144,7 @@ class Database:
             try:
                 return self._connect(parameters)
             except psycopg.OperationalError:
-                if self._server is not None and limit is None:
+                if self._server is not None and start_server:
                     self._server.start()
                     return self._connect(parameters)
                 if self._clock.monotonic() >= give_up:
@@ -181,6 +177,12 @@ def open_database(configuration: Configuration, clock: Clock) -> Database:
             "expected postgresql://USER@HOST:PORT/DATABASE"
         ) from None
     return Database(parameters, chosen.schema, clock)
+
+
+def _place(parameters: Mapping[str, Any]) -> str:
+    host = parameters.get("host") or parameters.get("hostaddr") or parameters.get("service")
+    name = parameters.get("dbname")
+    return f"the database{f' {name!r}' if name else ''}{f' on {host}' if host else ''}"
 
 
 def _translate(error: psycopg.Error, place: str) -> BatchctlError:

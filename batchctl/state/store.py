@@ -206,10 +206,15 @@ class Store:
 
 @contextmanager
 def open_store(
-    database: Database, journal: Journal, *, patience: float = 0, limit: float | None = None
+    database: Database,
+    journal: Journal,
+    *,
+    patience: float = 0,
+    limit: float | None = None,
+    start_server: bool = True,
 ) -> Iterator[Store]:
     """Connect for the block, make sure that the schema fits, and record what the journal holds."""
-    with database.connect(patience=patience, limit=limit) as session:
+    with database.connect(patience=patience, limit=limit, start_server=start_server) as session:
         require_schema(session)
         store = Store(session)
         journal.replay(store.write)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from typing import LiteralString
@@ -30,7 +30,7 @@ def named_queries(file_name: str) -> dict[str, LiteralString]:
     names, bodies = parts[::2], parts[1::2]
     without_comments = (re.sub(r"^--.*$", "", body, flags=re.MULTILINE).strip().rstrip(";") for body in bodies)
     # The files are part of the program, so their text is as literal as a string in a module.
-    return cast("dict[str, LiteralString]", dict(zip(names, without_comments, strict=True)))
+    return dict(zip(names, without_comments, strict=True))
 
 
 def migrations() -> list[Migration]:
@@ -38,8 +38,7 @@ def migrations() -> list[Migration]:
     found = []
     for path in sorted((DIRECTORY / "migrations").glob("*.sql")):
         number, _, name = path.stem.partition("_")
-        text = cast("LiteralString", path.read_text(encoding="utf-8"))
-        found.append(Migration(int(number), name.replace("_", " "), text))
+        found.append(Migration(int(number), name.replace("_", " "), path.read_text(encoding="utf-8")))
     return found
 
 

@@ -1,0 +1,40 @@
+"""status and history: what runs now, what ran, what was skipped and why."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from batchctl.cli.app import command
+from batchctl.cli.run_batch import Json
+from batchctl.cli.session import Session
+
+
+@command("status")
+def status(session: Session, *, json: Json = False) -> int:
+    """Show each job: running, idle or paused, when it last ran, when it may next."""
+    from batchctl.cli import render
+    from batchctl.report.jobs import JobReader
+
+    with session.connect() as store:
+        statuses = JobReader(session.configuration, store, session.zone, session.clock).statuses()
+    render.status(statuses, zone=session.zone, json=json)
+    return 0
+
+
+@command("history")
+def history(
+    session: Session,
+    job: Annotated[str | None, typer.Argument(help="Only this job, and what is below it.")] = None,
+    *,
+    limit: Annotated[int, typer.Option("--limit", "-n", metavar="N", min=1, help="How many entries.")] = 20,
+    json: Json = False,
+) -> int:
+    """Show what ran and what was skipped and why, newest first."""
+    from batchctl.cli import render
+
+    with session.connect() as store:
+        entries = store.history(limit, job)
+    render.history(entries, zone=session.zone, json=json)
+    return 0

@@ -1,0 +1,156 @@
+"""Results become a table, a plain line or JSON; the only place that prints. rich is loaded on a terminal only."""
+
+from __future__ import annotations
+
+import json as json_module
+import sys
+from contextlib import contextmanager
+from dataclasses import asdict
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+from batchctl.logs import elapsed, rfc3339, shown
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+    from datetime import tzinfo
+
+    from batchctl.batch.plan import Plan
+    from batchctl.batch.runner import StepResult
+    from batchctl.batch.start import RunResult
+    from batchctl.report.jobs import JobStatus, NextStart
+
+STEP_KEYS = (
+    "account", "step", "group", "outcome", "exit_code", "signal", "attempts", "duration_seconds", "quantity", "log"
+)  # fmt: skip
+
+
+def document(content: dict[str, Any]) -> None:
+    """Print one JSON document; instants become RFC 3339 in UTC."""
+
+    def encode(value: Any) -> Any:
+        if isinstance(value, datetime):
+            return rfc3339(value)
+        raise TypeError(type(value).__name__)
+
+    sys.stdout.write(json_module.dumps({"version": 1, **content}, default=encode, ensure_ascii=False) + "\n")
+
+
+def line(text: str) -> None:
+    """Print a plain line."""
+    sys.stdout.write(f"{text}\n")
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print rows under headings: with rich on a terminal, aligned text elsewhere."""
+    if sys.stdout.isatty():
+        from rich.console import Console
+        from rich.table import Table
+
+        shown_table = Table(*columns, box=None, pad_edge=False, header_style="bold")
+        for row in rows:
+            shown_table.add_row(*(cell.replace("[", r"\[") for cell in row))
+        Console().print(shown_table)
+        return
+    widths = [max(len(cell) for cell in column) for column in zip(columns, *rows, strict=True)]
+    for row in (columns, *rows):
+        line("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def plan(planned: Plan, *, json: bool) -> None:
+    """Print what a run would do."""
+    if json:
+        keys = ("account", "step", "group", "quantity", "command")
+        steps = [{key: getattr(step, key) for key in keys} for step in planned.steps]
+        document({"batch": planned.batch, "group": planned.job.partition("/")[2] or None, "steps": steps})
+        return
+    rows = [
+        (step.account, step.step, step.group or "", str(step.quantity), elapsed(step.timeout), " ".join(step.command))
+        for step in planned.steps
+    ]
+    table(("account", "step", "group", "quantity", "timeout", "command"), rows)
+
+
+def run_result(result: RunResult, *, json: bool, shown: bool) -> None:
+    """Print what became of a start."""
+    if json:
+        holder = result.holder and asdict(result.holder)
+        keys = (
+            "batch", "group", "outcome", "reason", "run_id", "started_at", "finished_at", "duration_seconds",
+            "next_eligible_at",
+        )  # fmt: skip
+        steps = [{key: getattr(step, key) for key in STEP_KEYS} for step in result.steps]
+        document({**{key: getattr(result, key) for key in keys}, "holder": holder, "steps": steps})
+    elif shown:
+        line(result.message)
+
+
+@contextmanager
+def run_view(planned: Plan, *, shown: bool) -> Iterator[Callable[[StepResult], None]]:
+    """Show the steps of a run as they go, on a terminal; elsewhere show nothing."""
+    if not (shown and sys.stdout.isatty()):
+        yield lambda _: None
+        return
+    from batchctl.cli.live import LiveRun
+
+    view = LiveRun(planned)
+    try:
+        yield view.update
+    finally:
+        view.close()
+
+
+def history(entries: Sequence[Any], *, zone: tzinfo, json: bool) -> None:
+    """Print what ran and what was skipped."""
+    if json:
+        keys = ("kind", "job", "at", "outcome", "reason", "run_id", "duration_seconds", "count")
+        document({"entries": [{key: getattr(entry, key) for key in keys} for entry in entries]})
+        return
+    rows = [
+        (
+            shown(entry.at, zone),
+            entry.job,
+            entry.outcome,
+            "" if entry.duration_seconds is None else elapsed(entry.duration_seconds),
+            (entry.reason or "") + (f" ({entry.count} times)" if entry.count > 1 else ""),
+            entry.run_id or "",
+        )
+        for entry in entries
+    ]
+    table(("at", "job", "outcome", "duration", "reason", "run"), rows)
+
+
+def status(statuses: Sequence[JobStatus], *, zone: tzinfo, json: bool) -> None:
+    """Print the state of each job."""
+    if json:
+        document({"jobs": [asdict(job) for job in statuses]})
+        return
+
+    def time(instant: datetime | None) -> str:
+        return "-" if instant is None else shown(instant, zone)
+
+    rows = [
+        (
+            job.job,
+            job.state + (f" (pid {job.pid} on {job.host})" if job.pid else ""),
+            time(job.last_started_at),
+            time(job.last_completed_at),
+            job.last_outcome or "-",
+            time(job.next_eligible_at),
+        )
+        for job in statuses
+    ]
+    table(("job", "state", "last started", "last completed", "outcome", "next eligible"), rows)
+
+
+def next_starts(starts: Sequence[NextStart], *, zone: tzinfo, json: bool) -> None:
+    """Print when jobs will next start, and what each guard says."""
+    if json:
+        document({"jobs": [asdict(start) for start in starts]})
+        return
+    for start in starts:
+        when = "no start in sight" if start.next_start_at is None else shown(start.next_start_at, zone)
+        line(f"{start.job}: {when}{' (estimated)' if start.estimated and start.next_start_at else ''}")
+        line(f"  schedule: {start.schedule or 'none'}")
+        for answer in start.guards:
+            line(f"  {answer.guard}: {answer.text}")

@@ -1,0 +1,44 @@
+"""next: when a job will really start."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Annotated
+
+import typer
+
+from batchctl.cli.app import command
+from batchctl.cli.run_batch import Json
+from batchctl.cli.session import Session
+from batchctl.errors import UsageError
+
+
+def instant(session: Session, option: str, text: str) -> datetime:
+    """Read an instant as people write it; without an offset it is in the configured zone."""
+    try:
+        found = datetime.fromisoformat(text)
+    except ValueError:
+        raise UsageError(f"{option} {text}: expected a time such as 2026-01-31T01:00 or 2026-01-31T01:00:00Z") from None
+    return found if found.tzinfo else found.replace(tzinfo=session.zone)
+
+
+@command("next")
+def next_start(
+    session: Session,
+    job: Annotated[str | None, typer.Argument(help="A batch, a group (daily/upload) or a rollup's grain.")] = None,
+    *,
+    at: Annotated[str | None, typer.Option("--at", metavar="T", help="As if it were then.", show_default=False)] = None,
+    json: Json = False,
+) -> int:
+    """Show the first cron time that every guard will allow, and what each guard says."""
+    from batchctl.cli import render
+    from batchctl.report.jobs import JobReader
+
+    when = None if at is None else instant(session, "--at", at)
+    with session.connect() as store:
+        reader = JobReader(session.configuration, store, session.zone, session.clock)
+        starts = reader.next_starts(job, when)
+    if job is not None and not starts:
+        raise UsageError(f"no such job: {job}; configured: {', '.join(reader.names()) or '(none)'}")
+    render.next_starts(starts, zone=session.zone, json=json)
+    return 0

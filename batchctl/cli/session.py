@@ -1,0 +1,122 @@
+"""One call of the program: its global options, and what they lead to, each made when it is first asked for."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from batchctl.clock import SystemClock
+from batchctl.errors import UsageError
+
+if TYPE_CHECKING:
+    import logging
+    from datetime import tzinfo
+
+    from batchctl.batch.start import State
+    from batchctl.clock import Clock
+    from batchctl.config import Configuration
+    from batchctl.state.database import Database
+    from batchctl.state.journal import Journal
+    from batchctl.state.store import Store
+
+LogFormat = Literal["text", "json"]
+
+
+@dataclass
+class Session:
+    """What every command is handed.
+
+    Args:
+        config: --config, if given.
+        verbosity: How many -v minus how many -q.
+        log_format: Form of the log lines.
+        clock: The machine's clock.
+    """
+
+    config: Path | None = None
+    verbosity: int = 0
+    log_format: LogFormat = "text"
+    clock: Clock = field(default_factory=SystemClock)
+    log: logging.Logger | None = None
+
+    @functools.cached_property
+    def configuration(self) -> Configuration:
+        """Find, read and check the configuration."""
+        from batchctl import config_file
+        from batchctl.rollup import definition
+        from batchctl.schedule import cron
+
+        configuration = config_file.load(config_file.find_file(self.config, os.environ), os.environ)
+        cron.validate(configuration)
+        definition.read_definitions(configuration)
+        return configuration
+
+    @functools.cached_property
+    def zone(self) -> tzinfo:
+        """Return the zone of shown times."""
+        from batchctl.schedule.cron import local_zone
+
+        return local_zone(self.configuration.timezone)
+
+    @functools.cached_property
+    def database(self) -> Database:
+        """Name the database; the driver is loaded here and nowhere earlier."""
+        from batchctl.state.database import open_database
+
+        return open_database(self.configuration, self.clock)
+
+    @functools.cached_property
+    def journal(self) -> Journal:
+        """Name the journal of the database."""
+        from batchctl.state.journal import Journal
+
+        return Journal(self.configuration.state_dir, self.database)
+
+    def connect(self, **options: Any) -> AbstractContextManager[Store]:
+        """Open a store for a block."""
+        from batchctl.state.store import open_store
+
+        return open_store(self.database, self.journal, **options)
+
+    def load_state(self) -> State:
+        """Load what a batch needs of the database."""
+        from batchctl.batch.start import State
+        from batchctl.state.host import this_host
+        from batchctl.state.store import ClaimRequest
+
+        return State(self.connect, self.journal, this_host(self.configuration.state_dir), ClaimRequest)
+
+    def logger(self, name: str) -> logging.Logger:
+        """Make the logger of a batch or rollup; a later error goes through it too."""
+        from batchctl import logs
+
+        self.log = logs.set_up(
+            name,
+            log_dir=self.configuration.log_dir,
+            zone=self.zone,
+            verbosity=self.verbosity,
+            form=self.log_format,
+        )
+        return self.log
+
+    def only_batch(self, name: str | None) -> str:
+        """Return the batch that is meant: the named one, or the only one."""
+        batches = self.configuration.batches
+        known = ", ".join(batches) or f"(none in {self.configuration.path})"
+        if name is None:
+            if len(batches) != 1:
+                raise UsageError(f"which batch? Configured: {known}")
+            return next(iter(batches))
+        if name not in batches:
+            raise UsageError(f"no such batch: {name}; configured: {known}")
+        return name
+
+    @property
+    def shows_results(self) -> bool:
+        """Tell whether a command that did its work says so: on a terminal or with -v, unless -q."""
+        return self.verbosity > 0 or (self.verbosity == 0 and sys.stdout.isatty())

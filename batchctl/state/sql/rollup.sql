@@ -1,0 +1,393 @@
+-- Statements of `rollup/`: the registry, the queue of dirty buckets, the tables, the refresh.
+-- Buckets travel as whole seconds since 1970, because PostgreSQL knows years that Python's dates do not.
+
+-- name: look
+-- All that an idle tick needs to know, in one indexed probe.
+SELECT
+    extract(epoch FROM now())::float8 AS started,
+    registered.definition - 'places' = %(definition)s::jsonb AS current,
+    registered.definition,
+    registered.history_queued_at IS NOT NULL AS history_queued,
+    EXISTS (SELECT FROM {schema}.state WHERE job = %(job)s) AS known,
+    EXISTS (
+        SELECT FROM {schema}.dirty_bucket
+        WHERE rollup = %(rollup)s AND grain = %(grain)s AND bucket = '-infinity'
+    ) AS marked,
+    EXISTS (
+        SELECT FROM {schema}.dirty_bucket
+        WHERE rollup = %(rollup)s AND grain = %(grain)s
+            AND bucket > '-infinity' AND bucket <= now() - make_interval(secs => %(closed_after)s)
+    ) AS dirty,
+    to_char(
+        date_bin(
+            make_interval(secs => %(seconds)s), now() - make_interval(secs => %(closed_after)s),
+            '0001-01-01 00:00:00+00'
+        ) AT TIME ZONE 'UTC',
+        'YYYY-MM-DD HH24:MI:SS'
+    ) AS newest
+FROM {schema}.rollup AS registered
+WHERE registered.rollup = %(rollup)s
+
+-- name: add_state
+-- The row of a job, whose lock stands for the job.
+INSERT INTO {schema}.state (job) VALUES (%(job)s) ON CONFLICT DO NOTHING
+
+-- name: started
+-- A start, unless another session is at work on the job; not worth a wait for the disk.
+WITH setting AS MATERIALIZED (SELECT set_config('synchronous_commit', 'off', true)),
+held AS MATERIALIZED (SELECT job FROM {schema}.state WHERE job = %(job)s FOR UPDATE SKIP LOCKED)
+UPDATE {schema}.state AS state
+SET last_started_at = to_timestamp(%(started)s)
+FROM setting, held
+WHERE state.job = held.job
+
+-- name: completed
+-- A start and its end in one row version; not worth a wait for the disk.
+WITH setting AS MATERIALIZED (SELECT set_config('synchronous_commit', 'off', true)),
+held AS MATERIALIZED (SELECT job FROM {schema}.state WHERE job = %(job)s FOR UPDATE SKIP LOCKED)
+UPDATE {schema}.state AS state
+SET last_started_at = to_timestamp(%(started)s), last_completed_at = clock_timestamp(), last_outcome = %(outcome)s
+FROM setting, held
+WHERE state.job = held.job
+
+-- name: hold
+-- The lock of a job, until the end of the transaction; it holds across hosts and behind a transaction pooler.
+SELECT job FROM {schema}.state WHERE job = %(job)s FOR UPDATE SKIP LOCKED
+
+-- name: claim_history
+-- The right to queue the history, for one session at a time.
+UPDATE {schema}.rollup
+SET history_queued_at = now()
+WHERE rollup = (
+    SELECT rollup FROM {schema}.rollup
+    WHERE rollup = %(rollup)s AND history_queued_at IS NULL
+    FOR UPDATE SKIP LOCKED
+)
+RETURNING rollup
+
+-- name: queue_history
+-- Every bucket of the source.
+INSERT INTO {schema}.dirty_bucket (rollup, grain, bucket)
+SELECT DISTINCT
+    %(rollup)s, %(grain)s, date_bin(make_interval(secs => %(seconds)s), {time}, '0001-01-01 00:00:00+00')
+FROM {source}
+WHERE isfinite({time})
+
+-- name: take_markers
+-- Marks that stand for every bucket of the table.
+DELETE FROM {schema}.dirty_bucket WHERE rollup = %(rollup)s AND grain = %(grain)s AND bucket = '-infinity'
+RETURNING bucket
+
+-- name: queue_target
+-- Every bucket of the table.
+INSERT INTO {schema}.dirty_bucket (rollup, grain, bucket)
+SELECT DISTINCT %(rollup)s, %(grain)s, bucket FROM {target}
+
+-- name: queue_range
+-- Every bucket between two instants that exists in what the table is built from, or in the table.
+WITH queued AS (
+    INSERT INTO {schema}.dirty_bucket (rollup, grain, bucket)
+    SELECT
+        %(rollup)s, %(grain)s, date_bin(make_interval(secs => %(seconds)s), {time}, '0001-01-01 00:00:00+00')
+    FROM {source}
+    WHERE {time} >= to_timestamp(%(low)s) AND {time} < to_timestamp(%(high)s)
+    UNION
+    SELECT %(rollup)s, %(grain)s, bucket FROM {target}
+    WHERE bucket >= to_timestamp(%(low)s) AND bucket < to_timestamp(%(high)s)
+    RETURNING bucket
+)
+SELECT count(*) AS buckets FROM queued
+
+-- name: take
+-- The newest closed dirty buckets, out of the queue.
+WITH picked AS MATERIALIZED (
+    SELECT DISTINCT bucket FROM {schema}.dirty_bucket
+    WHERE rollup = %(rollup)s AND grain = %(grain)s
+        AND bucket > '-infinity' AND bucket <= now() - make_interval(secs => %(closed_after)s)
+    ORDER BY bucket DESC
+    LIMIT %(chunk_buckets)s
+), taken AS (
+    DELETE FROM {schema}.dirty_bucket AS queue
+    USING picked
+    WHERE queue.rollup = %(rollup)s AND queue.grain = %(grain)s AND queue.bucket = picked.bucket
+    RETURNING queue.bucket
+)
+SELECT DISTINCT
+    extract(epoch FROM bucket)::bigint AS second, to_char(bucket AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI:SS') AS shown
+FROM taken
+ORDER BY second
+
+-- name: remaining
+-- Closed buckets that are still queued.
+SELECT count(DISTINCT bucket) AS buckets FROM {schema}.dirty_bucket
+WHERE rollup = %(rollup)s AND grain = %(grain)s
+    AND bucket > '-infinity' AND bucket <= now() - make_interval(secs => %(closed_after)s)
+
+-- name: read_range
+-- The groups of neighbouring buckets.
+SELECT
+    date_bin(make_interval(secs => %(seconds)s), {time}, '0001-01-01 00:00:00+00'){dimensions}, {values}, count(*)
+FROM {source}
+WHERE {time} >= to_timestamp(%(low)s) AND {time} < to_timestamp(%(high)s){where}
+GROUP BY {positions}
+
+-- name: read_ranges
+-- The groups of buckets that lie apart: one range of an index for each stretch of neighbours.
+SELECT batchctl_group.*
+FROM unnest(%(lows)s::bigint[], %(highs)s::bigint[]) AS batchctl_range (batchctl_low, batchctl_high)
+CROSS JOIN LATERAL (
+    SELECT
+        date_bin(make_interval(secs => %(seconds)s), {time}, '0001-01-01 00:00:00+00'){dimensions}, {values}, count(*)
+    FROM {source}
+    WHERE {time} >= to_timestamp(batchctl_range.batchctl_low)
+        AND {time} < to_timestamp(batchctl_range.batchctl_high){where}
+    GROUP BY {positions}
+) AS batchctl_group
+
+-- name: refresh
+-- Replaces buckets: writes the rows that differ, deletes the groups that are gone, marks the parents of both.
+-- Grouping both sides finds what is gone, because it takes NULL for equal to NULL and can still hash.
+WITH fresh ({columns}, {rows}) AS MATERIALIZED (
+    {read}
+), written AS (
+    INSERT INTO {target} AS kept ({columns})
+    SELECT {columns} FROM fresh ORDER BY {key}
+    ON CONFLICT ON CONSTRAINT {constraint} DO UPDATE SET {assignments}
+    WHERE ROW({kept}) IS DISTINCT FROM ROW({excluded})
+    RETURNING kept.bucket
+), gone AS MATERIALIZED (
+    SELECT min(row_id) AS row_id
+    FROM (
+        SELECT {key}, ctid AS row_id FROM {target}
+        WHERE bucket = ANY (ARRAY(SELECT to_timestamp(second) FROM unnest(%(buckets)s::bigint[]) AS second))
+        UNION ALL
+        SELECT {key}, NULL FROM fresh
+    ) AS both_sides
+    GROUP BY {key}
+    HAVING count(*) = count(row_id)
+), removed AS (
+    DELETE FROM {target} WHERE ctid = ANY (ARRAY(SELECT row_id FROM gone)) RETURNING bucket
+){mark}
+SELECT
+    (SELECT count(*) FROM written) AS rows_written,
+    (SELECT count(*) FROM removed) AS rows_deleted,
+    coalesce(sum(fresh.{rows}), 0)::bigint AS source_rows,
+    coalesce(sum(fresh.{events}), 0)::bigint AS events
+FROM fresh
+
+-- name: mark
+-- The parents of buckets that changed: a part of `refresh`.
+, marked AS (
+    INSERT INTO {schema}.dirty_bucket (rollup, grain, bucket)
+    SELECT DISTINCT
+        %(rollup)s, %(parent)s,
+        date_bin(make_interval(secs => %(parent_seconds)s), changed.bucket, '0001-01-01 00:00:00+00')
+    FROM (SELECT bucket FROM written UNION SELECT bucket FROM removed) AS changed
+)
+
+-- name: registered
+-- What was migrated.
+SELECT rollup, definition - 'places' AS definition, definition -> 'places' AS places
+FROM {schema}.rollup
+ORDER BY rollup
+
+-- name: find_table
+-- A table by the name that the configuration gives it, and whether triggers on it would see everything.
+SELECT
+    class.oid::bigint AS oid, namespace.nspname AS schema, class.relname AS name, class.relkind::text AS kind,
+    (SELECT inhparent::regclass::text FROM pg_inherits WHERE inhrelid = class.oid LIMIT 1) AS parent,
+    EXISTS (SELECT FROM pg_subscription_rel WHERE srrelid = class.oid) AS subscribed
+FROM pg_class AS class
+JOIN pg_namespace AS namespace ON namespace.oid = class.relnamespace
+WHERE class.oid = to_regclass(%(table)s)
+
+-- name: table_columns
+-- The columns of a table and their types, as a new table would spell them.
+SELECT
+    attribute.attname AS name,
+    attribute.atttypid = 'timestamptz'::regtype AS instant,
+    format_type(attribute.atttypid, attribute.atttypmod)
+        || CASE
+            WHEN attribute.attcollation <> type.typcollation
+                THEN (
+                    SELECT format(' COLLATE %%I.%%I', namespace.nspname, collname)
+                    FROM pg_collation AS collation
+                    JOIN pg_namespace AS namespace ON namespace.oid = collation.collnamespace
+                    WHERE collation.oid = attribute.attcollation
+                )
+            ELSE ''
+        END AS type,
+    EXISTS (
+        SELECT FROM pg_index
+        WHERE indrelid = attribute.attrelid AND indkey[0] = attribute.attnum AND indisvalid AND indpred IS NULL
+    ) AS indexed
+FROM pg_attribute AS attribute
+JOIN pg_type AS type ON type.oid = attribute.atttypid
+WHERE attribute.attrelid = %(oid)s AND attribute.attnum > 0 AND NOT attribute.attisdropped
+ORDER BY attribute.attnum
+
+-- name: table_tree
+-- A table and all tables whose rows are read through it, partitions of partitions too.
+WITH RECURSIVE tree AS (
+    SELECT %(oid)s::oid AS oid
+    UNION
+    SELECT inhrelid FROM pg_inherits JOIN tree ON tree.oid = inhparent
+)
+SELECT tree.oid::bigint AS oid, namespace.nspname AS schema, class.relname AS name, class.relkind::text AS kind
+FROM tree
+JOIN pg_class AS class ON class.oid = tree.oid
+JOIN pg_namespace AS namespace ON namespace.oid = class.relnamespace
+ORDER BY tree.oid <> %(oid)s::oid, namespace.nspname, class.relname
+
+-- name: parse_name
+-- A name split as PostgreSQL reads it: unquoted parts in small letters.
+SELECT parse_ident(%(text)s) AS parts
+
+-- name: name_taken
+-- What exists under a name.
+SELECT
+    EXISTS (SELECT FROM pg_namespace WHERE nspname = %(schema_name)s) AS schema,
+    EXISTS (
+        SELECT FROM pg_class JOIN pg_namespace AS namespace ON namespace.oid = relnamespace
+        WHERE relname = %(table)s AND nspname = %(schema_name)s
+    ) AS relation
+
+-- name: find_function
+-- The text of a function of ours.
+SELECT prosrc AS body
+FROM pg_proc JOIN pg_namespace AS namespace ON namespace.oid = pronamespace
+WHERE proname = %(function)s AND nspname = %(schema_name)s
+
+-- name: find_triggers
+-- The triggers that call a function of ours.
+SELECT
+    namespace.nspname AS schema, class.relname AS table, tgname AS trigger, tgenabled IN ('O', 'A') AS enabled
+FROM pg_trigger
+JOIN pg_proc ON pg_proc.oid = tgfoid
+JOIN pg_namespace AS home ON home.oid = pronamespace
+JOIN pg_class AS class ON class.oid = tgrelid
+JOIN pg_namespace AS namespace ON namespace.oid = class.relnamespace
+WHERE proname = %(function)s AND home.nspname = %(schema_name)s
+ORDER BY namespace.nspname, class.relname, tgname
+
+-- name: try_where
+-- Compiles the filter, without reading a row.
+SELECT count(*) FROM {source} WHERE false{where}
+
+-- name: measure_types
+-- Compiles a measure and reads the types of its columns, without reading a row.
+SELECT ARRAY[{types}] AS types FROM {source} WHERE false
+
+-- name: group_rows
+-- Compiles the grouping, without reading a row.
+SELECT 1 FROM {source} WHERE false GROUP BY {columns} ORDER BY {columns}
+
+-- name: capture_body
+-- Body of the trigger function: appends the buckets that a statement touched, in the writer's own transaction.
+BEGIN
+    IF TG_OP = 'INSERT' THEN
+        INSERT INTO {schema}.dirty_bucket (rollup, grain, bucket)
+        SELECT DISTINCT {rollup}, {grain}, date_bin({width}, {time}, '0001-01-01 00:00:00+00')
+        FROM new_rows
+        WHERE isfinite({time});
+    ELSIF TG_OP = 'UPDATE' THEN
+        INSERT INTO {schema}.dirty_bucket (rollup, grain, bucket)
+        SELECT {rollup}, {grain}, date_bin({width}, {time}, '0001-01-01 00:00:00+00')
+        FROM old_rows
+        WHERE isfinite({time})
+        UNION
+        SELECT {rollup}, {grain}, date_bin({width}, {time}, '0001-01-01 00:00:00+00')
+        FROM new_rows
+        WHERE isfinite({time});
+    ELSIF TG_OP = 'DELETE' THEN
+        INSERT INTO {schema}.dirty_bucket (rollup, grain, bucket)
+        SELECT DISTINCT {rollup}, {grain}, date_bin({width}, {time}, '0001-01-01 00:00:00+00')
+        FROM old_rows
+        WHERE isfinite({time});
+    ELSE
+        INSERT INTO {schema}.dirty_bucket (rollup, grain, bucket) VALUES ({rollup}, {grain}, '-infinity');
+    END IF;
+    RETURN NULL;
+END
+
+-- name: create_function
+-- Runs with its owner's rights, so that the application's role needs none here, on a path that nobody else can write.
+CREATE OR REPLACE FUNCTION {schema}.{function}() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+AS {body}
+
+-- name: close_function
+-- A trigger fires without this right; with it anybody could fill the queue.
+REVOKE ALL ON FUNCTION {schema}.{function}() FROM PUBLIC
+
+-- name: create_trigger_insert
+CREATE OR REPLACE TRIGGER {trigger} AFTER INSERT ON {table}
+REFERENCING NEW TABLE AS new_rows
+FOR EACH STATEMENT EXECUTE FUNCTION {schema}.{function}()
+
+-- name: create_trigger_update
+CREATE OR REPLACE TRIGGER {trigger} AFTER UPDATE ON {table}
+REFERENCING OLD TABLE AS old_rows NEW TABLE AS new_rows
+FOR EACH STATEMENT EXECUTE FUNCTION {schema}.{function}()
+
+-- name: create_trigger_delete
+CREATE OR REPLACE TRIGGER {trigger} AFTER DELETE ON {table}
+REFERENCING OLD TABLE AS old_rows
+FOR EACH STATEMENT EXECUTE FUNCTION {schema}.{function}()
+
+-- name: create_trigger_truncate
+CREATE OR REPLACE TRIGGER {trigger} AFTER TRUNCATE ON {table}
+FOR EACH STATEMENT EXECUTE FUNCTION {schema}.{function}()
+
+-- name: drop_trigger
+DROP TRIGGER IF EXISTS {trigger} ON {table}
+
+-- name: create_target
+-- A row for each group of a bucket; NULL is a group like any other.
+CREATE TABLE {target} (
+    {columns},
+    CONSTRAINT {constraint} UNIQUE NULLS NOT DISTINCT ({key})
+)
+
+-- name: comment_table
+COMMENT ON TABLE {table} IS {text}
+
+-- name: comment_column
+COMMENT ON COLUMN {table}.{column} IS {text}
+
+-- name: register
+-- The last step: from here on ticks take the rollup for ready.
+INSERT INTO {schema}.rollup (rollup, definition) VALUES ({rollup}, {definition})
+
+-- name: register_job
+INSERT INTO {schema}.state (job) VALUES ({job}) ON CONFLICT DO NOTHING
+
+-- name: forget_history
+-- A table that had no triggers may have changed unseen, so everything is queued again.
+UPDATE {schema}.rollup SET history_queued_at = NULL WHERE rollup = {rollup}
+
+-- name: refuse_ticks
+-- A rollup on its way out no longer fits its configuration, so no tick takes missing triggers for quiet.
+UPDATE {schema}.rollup SET definition = definition || '{{"dropping": true}}' WHERE rollup = {rollup}
+
+-- name: drop_function
+DROP FUNCTION IF EXISTS {schema}.{function}()
+
+-- name: drop_target
+DROP TABLE IF EXISTS {table}
+
+-- name: forget_queue
+DELETE FROM {schema}.dirty_bucket WHERE rollup = {rollup}
+
+-- name: forget_job
+DELETE FROM {schema}.state WHERE job = {job}
+
+-- name: forget
+DELETE FROM {schema}.rollup WHERE rollup = {rollup}
+
+-- name: set_lock_timeout
+SET LOCAL lock_timeout = {milliseconds}
+
+-- name: one_migration
+-- One `migrate` at a time makes the tables of a rollup.
+SELECT pg_advisory_xact_lock(hashtextextended('batchctl rollup ' || {rollup}, 0))
