@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
@@ -31,3 +32,62 @@ def init(session: Session) -> int:
     if session.shows_results:
         render.line(f"Wrote {path}. Next: edit it, then `batchctl run-batch`, `batchctl status`.")
     return 0
+
+
+@command("migrate")
+def migrate(
+    session: Session,
+    *,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the SQL, and execute none of it.")] = False,
+    drop: Annotated[
+        str | None, typer.Option("--drop", metavar="ROLLUP", help="Take a rollup's tables and tracking away again.")
+    ] = None,
+) -> int:
+    """Upgrade the schema, make the tables of rollups and the triggers that notice what changes."""
+    from batchctl.cli import render
+    from batchctl.rollup import ddl
+    from batchctl.state.migrate import upgrade
+
+    definitions = session.definitions() if session.configuration.rollups else ()
+    with session.database.connect() as connection, ExitStack() as stack:
+        if dry_run:
+            stack.enter_context(connection.transaction(discard=True))
+        upgraded = upgrade(connection)
+        warnings: tuple[str, ...] = ()
+        if drop is not None:
+            statements = ddl.drop(connection, drop, session.clock, dry_run=dry_run)
+            done = [f"Dropped {drop}."]
+        else:
+            made = ddl.migrate(connection, definitions, session.clock, dry_run=dry_run)
+            statements, warnings = made.statements, made.warnings
+            done = [f"Made the tables and triggers of {name}." for name in made.created]
+    if dry_run:
+        render.statements([*(applied.statement for applied in upgraded), *statements])
+        done, upgraded = [], ()
+    lines = [*(f"Applied {applied.name}." for applied in upgraded), *done]
+    render.migrated(lines or ["Nothing to do."], warnings, shown=session.shows_results and not dry_run)
+    return 0
+
+
+@command("demo")
+def demo(
+    session: Session,
+    *,
+    directory: Annotated[
+        Path, typer.Option("--directory", metavar="DIR", help="Where everything of the demo goes.")
+    ] = Path("batchctl-demo"),
+    data: Annotated[
+        Path | None, typer.Option("--data", metavar="FILE.csv", help="Another file with the sample's columns.")
+    ] = None,
+    stop: Annotated[bool, typer.Option("--stop", help="End the demo's database server.")] = False,
+    clean: Annotated[bool, typer.Option("--clean", help="End the server and remove the directory.")] = False,
+) -> int:
+    """Show everything at work, once: a real batch and real rollups on a real day's sales."""
+    from batchctl.cli import render
+    from batchctl.demo import tour
+
+    if clean:
+        return tour.clean(directory, session.clock, render.line)
+    if stop:
+        return tour.stop(directory, session.clock, render.line)
+    return tour.run(directory, data, session.clock, render.line)

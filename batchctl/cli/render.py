@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from batchctl.batch.runner import StepResult
     from batchctl.batch.start import RunResult
     from batchctl.report.jobs import JobStatus, NextStart
+    from batchctl.rollup.refresh import GrainResult
 
 STEP_KEYS = (
     "account", "step", "group", "outcome", "exit_code", "signal", "attempts", "duration_seconds", "quantity", "log"
@@ -154,3 +155,45 @@ def next_starts(starts: Sequence[NextStart], *, zone: tzinfo, json: bool) -> Non
         line(f"  schedule: {start.schedule or 'none'}")
         for answer in start.guards:
             line(f"  {answer.guard}: {answer.text}")
+
+
+def grain_results(results: Sequence[GrainResult], *, json: bool, shown: bool) -> None:
+    """Print what became of each grain."""
+    if json:
+        document({"rollups": [asdict(result) for result in results]})
+    elif shown:
+        rows = [
+            (
+                result.rollup,
+                result.grain,
+                result.outcome + (f" ({result.reason})" if result.reason else ""),
+                *(str(count) for count in (result.buckets, result.source_rows, result.rows_written)),
+                str(result.remaining_buckets),
+                elapsed(result.duration_seconds),
+            )
+            for result in results
+        ]
+        table(("rollup", "grain", "outcome", "buckets", "rows read", "rows written", "remaining", "time"), rows)
+
+
+def waiting(grains: Sequence[tuple[str, str, int]], *, json: bool) -> None:
+    """Print how many closed buckets wait in each grain."""
+    if json:
+        keys = ("rollup", "grain", "remaining_buckets")
+        document({"rollups": [dict(zip(keys, grain, strict=True)) for grain in grains]})
+        return
+    table(("rollup", "grain", "waiting buckets"), [(rollup, grain, str(count)) for rollup, grain, count in grains])
+
+
+def statements(texts: Sequence[str]) -> None:
+    """Print SQL, each statement ended by a semicolon."""
+    for text in texts:
+        line(f"{text.strip().rstrip(';')};")
+
+
+def migrated(lines: Sequence[str], warnings: Sequence[str], *, shown: bool) -> None:
+    """Print what migrate did; warnings go to standard error."""
+    for warning in warnings:
+        sys.stderr.write(f"batchctl: warning: {warning}\n")
+    for text in lines if shown else ():
+        line(text)

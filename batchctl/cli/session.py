@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from batchctl.batch.start import State
     from batchctl.clock import Clock
     from batchctl.config import Configuration
+    from batchctl.rollup.definition import Definition
     from batchctl.state.database import Database
     from batchctl.state.journal import Journal
     from batchctl.state.store import Store
@@ -43,18 +44,29 @@ class Session:
     log_format: LogFormat = "text"
     clock: Clock = field(default_factory=SystemClock)
     log: logging.Logger | None = None
+    _definitions: dict[str, Definition] = field(default_factory=dict)
 
     @functools.cached_property
     def configuration(self) -> Configuration:
         """Find, read and check the configuration."""
         from batchctl import config_file
-        from batchctl.rollup import definition
+        from batchctl.rollup.definition import read_definitions
         from batchctl.schedule import cron
 
         configuration = config_file.load(config_file.find_file(self.config, os.environ), os.environ)
         cron.validate(configuration)
-        definition.read_definitions(configuration)
+        self._definitions = {each.name: each for each in read_definitions(configuration)}
         return configuration
+
+    def definitions(self, name: str | None = None) -> tuple[Definition, ...]:
+        """Return all rollups, or the named one."""
+        rollups = self.configuration.rollups
+        known = ", ".join(rollups) or f"(none in {self.configuration.path})"
+        if name is not None and name not in rollups:
+            raise UsageError(f"no such rollup: {name}; configured: {known}")
+        if not rollups:
+            raise UsageError(f"{self.configuration.path} configures no rollup; `batchctl init` writes an example")
+        return tuple(self._definitions.values()) if name is None else (self._definitions[name],)
 
     @functools.cached_property
     def zone(self) -> tzinfo:

@@ -86,9 +86,13 @@ class Session:
         return rows[0] if rows else None
 
     @contextmanager
-    def transaction(self) -> Iterator[None]:
-        """Commit the block's statements together, or none of them."""
-        with self.connection.transaction():
+    def transaction(self, *, discard: bool = False) -> Iterator[None]:
+        """Commit the block's statements together, or none of them.
+
+        Args:
+            discard: None of them in any case: the block only wants to know what would happen.
+        """
+        with self.connection.transaction(force_rollback=discard):
             yield
 
 

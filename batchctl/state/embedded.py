@@ -140,7 +140,7 @@ class EmbeddedServer:
         except OSError as error:
             where = f"{error.filename or self._directory}: {error.strerror or error}"
             raise DatabaseUnavailableError(
-                f"cannot start the embedded database: {where}; check space and permissions there, or {OWN_URL}"
+                f"cannot start the embedded database: {where}; check space, permissions and noexec there, or {OWN_URL}"
             ) from error
 
     def stop(self) -> None:
@@ -266,12 +266,15 @@ class EmbeddedServer:
 
     def _last_words(self) -> str:
         started, logs = self._directory / "start.log", self._data / "log"
-        # The first says why the server did not even get as far as its own log.
         with suppress(OSError, ValueError):
-            for log in (started, max(logs.glob("*.log"), key=lambda log: log.stat().st_mtime)):
-                words = _telling(log.read_text(errors="replace"))
-                if words and "HINT:" not in words:
-                    return words
+            # It says why the server did not even get as far as its own log, else only where that is.
+            words = _telling(started.read_text(errors="replace"))
+            if words and "HINT:" not in words:
+                return words
+            newest = max(logs.glob("*.log"), key=lambda log: log.stat().st_mtime)
+            # Its last lines alone: the day's earlier errors are not of this start.
+            if words := _telling("\n".join(newest.read_text(errors="replace").splitlines()[-5:])):
+                return words
         return f"see {started} and {logs}"
 
 
@@ -345,10 +348,10 @@ def _expect(run: CompletedProcess[bytes]) -> None:
 
 
 def _telling(output: str) -> str:
-    """Return the last line that says what went wrong, else the last one."""
-    lines = [line.strip() for line in output.splitlines() if line.strip()][-20:]
+    """Return the first line that says what went wrong, else the last one."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
     errors = [line for line in lines if re.search("FATAL:|PANIC:|ERROR:|error:", line)]
-    return (errors or lines or [""])[-1]
+    return (errors or lines[-1:] or [""])[0]
 
 
 def _write(path: Path, text: str, mode: int) -> None:

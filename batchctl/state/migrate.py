@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from batchctl.errors import ConfigurationError
 from batchctl.state.database import MissingObjectError, sql
@@ -12,6 +12,13 @@ if TYPE_CHECKING:
     from batchctl.state.database import Session
 
 VERSION = sql.SQL("SELECT max(version) AS version FROM {schema}.migration")
+
+
+class Applied(NamedTuple):
+    """An upgrade that was applied: its name and its SQL."""
+
+    name: str
+    statement: str
 
 
 def require_schema(session: Session) -> None:
@@ -51,8 +58,8 @@ def schema_version(session: Session) -> int | None:
     return version
 
 
-def upgrade(session: Session) -> list[str]:
-    """Apply the upgrades that the schema lacks and return their names; safe when many do it at once."""
+def upgrade(session: Session) -> tuple[Applied, ...]:
+    """Apply the upgrades that the schema lacks and return them; safe when many do it at once."""
     name = session.schema_name
     with session.transaction():
         # Everybody who finds no schema comes here; one makes it, the others wait for the commit and find it made.
@@ -74,12 +81,15 @@ def upgrade(session: Session) -> list[str]:
             version = session.run(VERSION.format(schema=session.schema))[0].version or 0
         refuse_newer(version)
         pending = [migration for migration in migrations() if migration.version > version]
+        applied = []
         for migration in pending:
-            session.run(sql.SQL(migration.text).format(schema=session.schema))
+            statement = sql.SQL(migration.text).format(schema=session.schema)
+            session.run(statement)
+            applied.append(Applied(f"{migration.version:04d} {migration.name}", statement.as_string()))
             session.run(
                 sql.SQL("INSERT INTO {schema}.migration (version, name) VALUES (%(version)s, %(name)s)").format(
                     schema=session.schema
                 ),
                 {"version": migration.version, "name": migration.name},
             )
-    return [f"{migration.version:04d} {migration.name}" for migration in pending]
+    return tuple(applied)

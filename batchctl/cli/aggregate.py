@@ -1,0 +1,57 @@
+"""aggregate: options, wiring, result."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from batchctl.cli.app import command
+from batchctl.cli.run_batch import Json, SkipExitCode
+from batchctl.cli.session import Session
+from batchctl.errors import UsageError
+
+
+@command("aggregate")
+def aggregate(
+    session: Session,
+    *,
+    grain: Annotated[
+        list[str] | None, typer.Option("--grain", metavar="G", help="Only this grain (repeatable): 1m, 5m, 1h.")
+    ] = None,
+    rollup: Annotated[str | None, typer.Option("--rollup", metavar="R", help="Only this rollup.")] = None,
+    rebuild: Annotated[bool, typer.Option("--rebuild", help="Compute a range anew, with --from and --to.")] = False,
+    start: Annotated[str | None, typer.Option("--from", metavar="T", help="Start of the range, inside.")] = None,
+    end: Annotated[str | None, typer.Option("--to", metavar="T", help="End of the range, outside.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what is waiting, and change nothing.")] = False,
+    skip_exit_code: SkipExitCode = 75,
+    json: Json = False,
+) -> int:
+    """Roll up what changed in a source since the last call; without --grain every grain, finest first."""
+    from batchctl.cli import render
+    from batchctl.cli.schedule import instant
+    from batchctl.rollup.start import Aggregate, Rebuild, exit_code
+
+    if rebuild != (start is not None and end is not None) or (start is None) != (end is None):
+        raise UsageError("--rebuild, --from and --to go together: --rebuild --from 2026-01-31 --to 2026-02-01")
+    span = None
+    if start is not None and end is not None:
+        span = Rebuild(instant(session, "--from", start), instant(session, "--to", end))
+        if span.start >= span.end:
+            raise UsageError(f"--from {start} --to {end}: expected a start before the end")
+    call = Aggregate(
+        configuration=session.configuration,
+        definitions=session.definitions(rollup),
+        grains=grain or (),
+        zone=session.zone,
+        clock=session.clock,
+        logger=session.logger,
+        connect=session.connect,
+        rebuild=span,
+    )
+    if dry_run:
+        render.waiting(call.waiting(), json=json)
+        return 0
+    results = call.run()
+    render.grain_results(results, json=json, shown=session.shows_results and session.verbosity == 0)
+    return exit_code(results, skip_exit_code)

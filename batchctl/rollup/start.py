@@ -1,0 +1,154 @@
+"""A call of aggregate: for each grain the guards, then the refresh; finest grain first."""
+
+from __future__ import annotations
+
+import os
+import socket
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from batchctl.errors import BatchctlError, ExitCode, UsageError
+from batchctl.guard.identity import identify
+from batchctl.guard.lock import Holder, acquire, lock_path, read_holder
+from batchctl.logs import elapsed, shown
+from batchctl.rollup.refresh import GrainResult, rebuild, tick, waiting
+from batchctl.schedule.cron import inside_hours
+
+if TYPE_CHECKING:
+    import logging
+    from collections.abc import Callable, Iterator, Sequence
+    from contextlib import AbstractContextManager
+    from datetime import datetime, tzinfo
+
+    from batchctl.clock import Clock
+    from batchctl.config import Configuration
+    from batchctl.rollup.definition import Definition
+    from batchctl.state.store import Store
+
+SKIP_LIMIT_SECONDS = 2.0
+"""How long a skip that is already decided may wait for the database to record it."""
+HOLDER_PATIENCE_SECONDS = 0.2
+"""How long a skip waits for the holder's name; a tick that comes every minute need not know it at any price."""
+
+
+@dataclass(frozen=True)
+class Rebuild:
+    """A range whose buckets are to be computed anew: half-open, aware."""
+
+    start: datetime
+    end: datetime
+
+
+@dataclass
+class Aggregate:
+    """One call of aggregate.
+
+    Args:
+        configuration: The configuration.
+        definitions: The rollups it asks for.
+        grains: The grains it asks for; none for all.
+        zone: For shown times and hours.
+        clock: For durations and the budget; what is closed is decided by the database's clock.
+        logger: Makes the logger of a rollup.
+        connect: Opens a store for a block.
+        rebuild: A range to be queued first.
+    """
+
+    configuration: Configuration
+    definitions: Sequence[Definition]
+    grains: Sequence[str]
+    zone: tzinfo
+    clock: Clock
+    logger: Callable[[str], logging.Logger]
+    connect: Callable[..., AbstractContextManager[Store]]
+    rebuild: Rebuild | None = None
+    _open: ExitStack = field(default_factory=ExitStack)
+    _store: Store | None = None
+
+    def run(self) -> tuple[GrainResult, ...]:
+        """Bring each grain up to date, unless a guard forbids it.
+
+        Raises:
+            DatabaseUnavailableError: the database cannot be reached or was lost; what was committed stays.
+            ConfigurationError: a rollup is not migrated.
+        """
+        begun = self.clock.monotonic()
+        with self._open:
+            return tuple(self._grain(definition, grain, begun) for definition, grain in self._wanted())
+
+    def waiting(self) -> tuple[tuple[str, str, int], ...]:
+        """Count the closed dirty buckets of each grain (rollup, grain, buckets); change nothing."""
+        with self._open:
+            return tuple(
+                (definition.name, grain, waiting(self._connected().session, definition, grain))
+                for definition, grain in self._wanted()
+            )
+
+    def _wanted(self) -> Iterator[tuple[Definition, str]]:
+        known = {grain.name for definition in self.definitions for grain in definition.grains}
+        for grain_name in self.grains:
+            if grain_name not in known:
+                raise UsageError(f"--grain {grain_name}: no such grain; configured: {', '.join(sorted(known))}")
+        for definition in self.definitions:
+            for grain in definition.grains:
+                if not self.grains or grain.name in self.grains:
+                    yield definition, grain.name
+
+    def _grain(self, definition: Definition, grain: str, begun: float) -> GrainResult:
+        log = self.logger(definition.name)
+        rollup = self.configuration.rollups[definition.name]
+        if not rollup.enabled:
+            return self._skip(log, definition, grain, "disabled", "is disabled in the configuration")
+        if not inside_hours(rollup.hours, self.clock.now(), self.zone):
+            return self._skip(log, definition, grain, "outside_hours", f"is outside its hours {rollup.hours}")
+        path = lock_path(self.configuration.state_dir, f"rollup.{definition.name}.{grain}")
+        lock = acquire(path, Holder(socket.gethostname(), *identify(os.getpid()), self.clock.now()))
+        if lock is None:
+            holder = read_holder(path, self.clock, HOLDER_PATIENCE_SECONDS)
+            return self._skip(log, definition, grain, "running", self._in_progress(holder))
+        with lock:
+            return self._locked(log, definition, grain, begun)
+
+    def _locked(self, log: logging.Logger, definition: Definition, grain: str, begun: float) -> GrainResult:
+        session = self._connected().session
+        if self.rebuild is not None:
+            rebuild(session, definition, grain, self.rebuild.start, self.rebuild.end)
+        result = tick(session, definition, grain, self.clock, log, deadline=begun + definition.budget_seconds)
+        if result.outcome == "skipped":
+            self._connected().record_skip(
+                definition.job(grain), str(result.reason), f"{grain} aggregation is running elsewhere", series=True
+            )
+        return result
+
+    def _connected(self) -> Store:
+        if self._store is None:
+            self._store = self._open.enter_context(self.connect())
+        return self._store
+
+    def _in_progress(self, holder: Holder | None) -> str:
+        if holder is None:
+            return "is still in progress"
+        age = elapsed(max((self.clock.now() - holder.started_at).total_seconds(), 0))
+        since = shown(holder.started_at, self.zone)
+        return f"is still in progress (pid {holder.pid} on {holder.hostname}, since {since}, {age})"
+
+    def _skip(self, log: logging.Logger, definition: Definition, grain: str, reason: str, what: str) -> GrainResult:
+        message = f"{grain} aggregation {what}. Skipped."
+        log.warning(message)
+        # A skip is never an error: what cannot be recorded is in the log.
+        with suppress(BatchctlError):
+            if self._store is not None:
+                self._store.record_skip(definition.job(grain), reason, message, series=True)
+            else:
+                with self.connect(limit=SKIP_LIMIT_SECONDS, start_server=False) as store:
+                    store.record_skip(definition.job(grain), reason, message, series=True)
+        return GrainResult(definition.name, grain, "skipped", reason)
+
+
+def exit_code(results: Sequence[GrainResult], skip_exit_code: int) -> int:
+    """Sum up a call: failed if any grain failed, skipped only if all were."""
+    outcomes = {result.outcome for result in results}
+    if "failed" in outcomes:
+        return ExitCode.FAILED
+    return skip_exit_code if outcomes == {"skipped"} else ExitCode.DONE
