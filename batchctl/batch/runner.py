@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -58,6 +57,7 @@ class RunSetting:
         lock_descriptor: What every step inherits.
         deadline: When the whole run is over, by the monotonic clock.
         deadline_at: The same as an instant, for the steps to know.
+        environment: What the steps inherit.
     """
 
     batch: Batch
@@ -67,6 +67,7 @@ class RunSetting:
     lock_descriptor: int
     deadline: float
     deadline_at: datetime
+    environment: Mapping[str, str]
 
 
 class Runner:
@@ -215,7 +216,7 @@ class Runner:
 
     def _environment(self, step: PlannedStep, attempt: int) -> Mapping[str, str]:
         return {
-            **os.environ,
+            **self._setting.environment,
             **step.env,
             "BATCHCTL_BATCH": self._plan.batch,
             "BATCHCTL_ACCOUNT": step.account,

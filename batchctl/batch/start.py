@@ -26,7 +26,7 @@ from batchctl.schedule.cron import inside_hours, next_inside_hours
 
 if TYPE_CHECKING:
     import logging
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
     from contextlib import AbstractContextManager
 
     from batchctl.batch.plan import Plan
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from batchctl.state.journal import Journal
     from batchctl.state.store import ClaimRequest, JobState, LiveRun, Store
 
-PATIENCE_SECONDS = 5.0
+PATIENCE_SECONDS = 4.0
 """How long a start that comes once a day waits for a database that restarts just then."""
 SKIP_LIMIT_SECONDS = 2.0
 """How long a skip that is already decided may wait for the database to record it."""
@@ -123,6 +123,7 @@ class Start:
         log: The batch's logger.
         load_state: Loads the database driver and names the database.
         watch: Told of each change of a step.
+        environment: What the steps inherit.
     """
 
     configuration: Configuration
@@ -133,6 +134,7 @@ class Start:
     log: logging.Logger
     load_state: Callable[[], State]
     watch: Callable[[StepResult], None]
+    environment: Mapping[str, str]
 
     @property
     def batch(self) -> Batch:
@@ -315,6 +317,7 @@ class Start:
                 lock_descriptor=run_lock.descriptor,
                 deadline=began + batch.timeout.total_seconds(),
                 deadline_at=started_at + batch.timeout,
+                environment=self.environment,
             ),
             recorder=recorder,
             clock=self.clock,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated
 
 import typer
@@ -53,6 +54,7 @@ def run_batch(
             log=session.logger(name),
             load_state=session.load_state,
             watch=watch,
+            environment=dict(os.environ),
         ).run()
     render.run_result(result, json=json, shown=shown)
     return skip_exit_code if result.outcome == "skipped" else result.exit_code

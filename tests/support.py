@@ -1,0 +1,105 @@
+"""What tests of all tiers share: the installed command, waiting for real processes, what may be missing."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+REQUIRE_ALL = os.environ.get("BATCHCTL_REQUIRE_ALL") == "1"
+
+
+def skip_or_fail(reason: str) -> None:
+    """Skip aloud where something is not installed; fail where everything has to be tested."""
+    if REQUIRE_ALL:
+        pytest.fail(f"BATCHCTL_REQUIRE_ALL=1, but {reason}")
+    pytest.skip(reason)
+
+
+def wait_for(condition, seconds=30.0, what="condition"):
+    """Poll until something real has happened."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        found = condition()
+        if found:
+            return found
+        time.sleep(0.02)
+    raise AssertionError(f"{what} did not come true within {seconds}s")
+
+
+def gone(pid):
+    """Tell whether a process has ended; a zombie that nobody reaps has."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+    except FileNotFoundError:
+        return True
+
+
+def batch(steps, options="", name="daily"):
+    """Write a batch: steps as (id, shell line, further keys)."""
+    text = f"[batch.{name}]\n{options}\n"
+    for step, line, *more in steps:
+        keys = "\n".join(more)
+        text += f'[[batch.{name}.step]]\nid = "{step}"\ncommand = ["sh", "-c", {json.dumps(line)}]\n{keys}\n'
+    return text
+
+
+@dataclass
+class Command:
+    """The program on one configuration, as a crontab line would call it."""
+
+    directory: Path
+    url: str | None
+    environment: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def config(self) -> Path:
+        return self.directory / "batchctl.toml"
+
+    def configure(self, text: str) -> None:
+        """Write the configuration; the database and the state directory are added in front."""
+        database = "embedded = true" if self.url is None else f"url = {json.dumps(self.url)}"
+        self.config.write_text(f'timezone = "UTC"\nstate_dir = "state"\n[database]\n{database}\n{text}')
+
+    def start(self, *arguments: str, **options) -> subprocess.Popen:
+        """Start a command and leave it running."""
+        return subprocess.Popen(
+            [str(Path(sys.executable).with_name("batchctl")), "--config", str(self.config), *arguments],
+            **{
+                "stdin": subprocess.DEVNULL,
+                "stdout": subprocess.PIPE,
+                "stderr": subprocess.PIPE,
+                "text": True,
+                "cwd": self.directory,
+                # Cron's environment: nearly empty.
+                "env": {"PATH": "/usr/bin:/bin", "HOME": str(self.directory), **self.environment},
+                **options,
+            },
+        )
+
+    def __call__(self, *arguments: str, code: int | None = 0, timeout: float = 60) -> subprocess.CompletedProcess:
+        """Run a command to its end and check its exit code."""
+        process = self.start(*arguments)
+        try:
+            stdout, stderr = process.communicate(timeout=timeout)
+        finally:
+            process.kill()
+        done = subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+        assert code is None or done.returncode == code, done
+        return done
+
+    def json(self, *arguments: str, code: int | None = 0):
+        """Run a command with --json and decode what it printed."""
+        done = self(*arguments, "--json", code=code)
+        assert done.stdout.count("\n") == 1, done
+        return json.loads(done.stdout)
+
+    @property
+    def log(self) -> str:
+        return "".join(path.read_text() for path in sorted((self.directory / "state" / "log").glob("*.log")))
