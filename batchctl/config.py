@@ -11,10 +11,10 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta, Struct
 
-DURATION_PATTERN = r"^(\d+d)?(\d+h)?(\d+m)?(\d+s)?$"
+DURATION_PATTERN = r"^([0-9]+d)?([0-9]+h)?([0-9]+m)?([0-9]+s)?$"
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
 IDENTIFIER_PATTERN = r"^[^\s/\x00-\x1f][^/\x00-\x1f]*$"
-GRAIN_PATTERN = r"^[1-9]\d*[smh]$"
+GRAIN_PATTERN = r"^[1-9][0-9]*[smh]$"
 HOUR = 3600
 
 Name = Annotated[str, Meta(pattern=NAME_PATTERN, description="letters, digits, and . _ - inside")]
@@ -50,7 +50,7 @@ def parse_duration(text: str) -> Duration:
     """
     if not text or re.match(DURATION_PATTERN, text) is None:
         raise ValueError(f"found {text!r}, expected a duration such as 90s, 15m, 6h or 1d12h")
-    amounts = {unit: int(number) for number, unit in re.findall(r"(\d+)([dhms])", text)}
+    amounts = {unit: int(number) for number, unit in re.findall(r"([0-9]+)([dhms])", text)}
     try:
         return Duration(
             days=amounts.get("d", 0),

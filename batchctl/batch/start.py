@@ -156,8 +156,9 @@ class Start:
         lock = acquire(path, Holder(socket.gethostname(), *process, self.clock.now()))
         if lock is None:
             skip = self._held(read_holder(path, self.clock))
+            result = self._skipped(skip)
             self._record_late(skip)
-            return self._skipped(skip)
+            return result
         with lock:
             return self._guarded(process)
 

@@ -40,7 +40,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--step", required=True, choices=THIRDS)
     parser.add_argument("--account", required=True)
-    parser.add_argument("--quantity", required=True, type=int, help="rows of one COPY")
+    parser.add_argument("--quantity", required=True, type=int, help="rows of one COPY, at most")
     options = parser.parse_args()
     loader = (options.account, options.step)
     size = max(options.quantity, 1)
@@ -48,7 +48,7 @@ def main() -> None:
     with Path("events.csv").open(encoding="utf-8", newline="") as file, psycopg.connect() as connection:
         deleted = connection.execute(DELETE, loader).rowcount
         print(f"Step {options.step}: removed {deleted:,} events of an earlier run")
-        # Every third line: the first, fourth, seventh … for step 31.
+        # Every third line: the first, fourth, seventh and so on for step 31.
         lines = islice(csv.DictReader(file), THIRDS.index(options.step), None, len(THIRDS))
         loaded = copies = 0
         while rows := list(islice(lines, size)):
@@ -57,7 +57,7 @@ def main() -> None:
                     copy.write_row((*event(row), *loader))
             loaded += len(rows)
             copies += 1
-        print(f"Step {options.step}: loaded {loaded:,} events, {copies} times COPY of up to {size:,} rows")
+        print(f"Step {options.step}: loaded {loaded:,} events in batches of up to {size:,} rows ({copies} COPY)")
 
 
 if __name__ == "__main__":

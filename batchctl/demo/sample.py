@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 SHIPPED = Path(__file__).with_name("online_retail_day.csv.gz")
 COLUMNS = ("invoice", "stock_code", "quantity", "invoiced_at", "unit_price", "customer_id", "country")
+LONGEST_SHOWN = 80
 GZIP = b"\x1f\x8b"
 WHOLE, LARGEST = re.compile(r"[+-]?[0-9]{1,10}"), 2**31 - 1
 PRICE = re.compile(r"[+-]?[0-9]{1,10}(\.[0-9]{1,10})?")
@@ -94,9 +95,10 @@ def _open(path: Path) -> Iterator[TextIO]:
     except (OSError, ValueError) as error:
         problem = error.strerror if isinstance(error, OSError) else error
         raise UsageError(f"--data {path}: {problem}; expected a CSV file, plain or gzip") from None
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise UsageError(f"--data {path} is not a regular file; expected a CSV file, plain or gzip")
     with os.fdopen(descriptor, "rb") as raw:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise UsageError(f"--data {path} is not a regular file; expected a CSV file, plain or gzip")
         packed = raw.peek(len(GZIP))[: len(GZIP)] == GZIP
         with io.TextIOWrapper(gzip.GzipFile(fileobj=raw) if packed else raw, "utf-8-sig", newline="") as lines:
             yield lines
@@ -161,4 +163,4 @@ def _time(text: str) -> datetime:
 
 
 def _brief(text: str) -> str:
-    return repr(text if len(text) <= len(",".join(COLUMNS)) else text[: len(",".join(COLUMNS))] + "…")
+    return repr(text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}...")

@@ -60,7 +60,7 @@ class Comparison(NamedTuple):
         """Say it in words."""
         kept = f"agg_{grain}: {_amounts(self.kept_events, self.kept_value)}"
         if self.equal:
-            return f"{kept} = source ({_count(self.buckets, 'bucket')}, all equal)"
+            return f"{kept} = source ({counted(self.buckets, 'bucket')}, all equal)"
         return (
             f"{kept}; the source has {_amounts(self.source_events, self.source_value)}: "
             f"{self.differing:,} of {self.groups:,} groups differ, first in bucket "
@@ -101,8 +101,9 @@ def events_since(session: Session, instant: datetime) -> int:
 
 
 def _amounts(events: int, value: Decimal) -> str:
-    return f"{_count(events, 'event')}, value {value:,.2f}"
+    return f"{counted(events, 'event')}, value {value:,.2f}"
 
 
-def _count(number: int, what: str) -> str:
+def counted(number: int, what: str) -> str:
+    """Write a number of things."""
     return f"{number:,} {what}{'' if number == 1 else 's'}"

@@ -14,7 +14,7 @@ from batchctl import config_file
 from batchctl.demo.commands import Commands, Ended, Interrupted, own_settings
 from batchctl.demo.place import DATABASE, EVENTS, SCRIPTS, Place
 from batchctl.demo.sample import SHIPPED, Sample, read_sample
-from batchctl.demo.totals import GRAINS, compare, events_since, make_source
+from batchctl.demo.totals import GRAINS, compare, counted, events_since, make_source
 from batchctl.errors import ExitCode
 from batchctl.logs import elapsed
 from batchctl.state.database import open_database
@@ -146,11 +146,12 @@ class _Tour:
         say(f"batchctl demo in {shown}")
         self._heading("1. Files, to read and to change")
         kept = self._place.write(sample.file, shipped=data is None)
+        first, last = (f"{at:%Y-%m-%d %H:%M}" for at in (sample.first, sample.last))
         about = {
             config_file.FILE_NAME: "the configuration: a batch of six steps, a rollup",
             SCRIPTS[0]: "steps 31, 32, 33: each loads a third of the events",
             SCRIPTS[1]: "steps 61, 62, 63: each exports the top items to out/",
-            EVENTS: f"{sample.events:,} events, {sample.first:%Y-%m-%d %H:%M} to {sample.last:%Y-%m-%d %H:%M} UTC",
+            EVENTS: f"{counted(sample.events, 'event')}, {first} to {last} UTC",
         }
         for name, text in about.items():
             say(f"  {name:<14} {text}{' (changed, kept)' if name in kept else ''}")

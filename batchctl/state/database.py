@@ -151,7 +151,8 @@ class Database:
             except psycopg.OperationalError:
                 if self._server is not None and start_server:
                     self._server.start()
-                    return self._connect(parameters)
+                    # Only a directory that exists can be named by a descriptor.
+                    return self._connect({**parameters, **self._server.connection_parameters()})
                 if self._clock.monotonic() >= give_up:
                     raise
                 self._clock.sleep(0.5)
@@ -176,8 +177,8 @@ def open_database(configuration: Configuration, clock: Clock) -> Database:
         for name in [name for name in os.environ if name.startswith("PG")]:
             del os.environ[name]
         # The role and our schema share a name, so "$user" in the search path would put the user's tables among ours.
-        parameters = {**server.connection_parameters(), "options": "-c search_path=public"}
-        return Database(parameters, chosen.schema, clock, server)
+        own: dict[str, Any] = {**server.connection_parameters(), "options": "-c search_path=public"}
+        return Database(own, chosen.schema, clock, server)
     try:
         parameters = conninfo_to_dict(chosen.url)
     except psycopg.ProgrammingError:

@@ -1,0 +1,72 @@
+"""Cron times, hours, zones."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from zoneinfo import ZoneInfo
+
+import pytest
+
+from batchctl.schedule.cron import inside_hours, local_zone, next_inside_hours, next_time, problem
+
+
+@pytest.mark.parametrize("expression", ["0 1 * * *", "*/5 * * * *", "1 * * * *", "0 0-6,22 * jan mon-fri", "0 1 1 * *"])
+def test_what_cron_takes_is_allowed(expression):
+    assert problem(expression) is None
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [
+        "",
+        "0 1 * *",
+        "0 0 1 * * *",
+        "61 * * * *",
+        "0 1 * * * root",
+        "@daily",
+        "0 1 L * *",
+        "0 1 * * 1#2",
+        "0 0 31 2 *",
+        "x",
+    ],
+)
+def test_what_cron_does_not_take_is_refused(expression):
+    assert "found" in problem(expression)
+
+
+def test_times_are_local_and_returned_in_utc():
+    after = datetime(2024, 1, 1, tzinfo=UTC)
+    assert next_time("0 1 * * *", after, ZoneInfo("Asia/Seoul")) == datetime(2024, 1, 1, 16, tzinfo=UTC)
+
+
+def test_a_repeated_hour_runs_once_and_a_missing_hour_runs_after_the_change():
+    berlin = ZoneInfo("Europe/Berlin")
+    missing = next_time("30 2 * * *", datetime(2024, 3, 30, 12, tzinfo=UTC), berlin)
+    assert missing == datetime(2024, 3, 31, 1, tzinfo=UTC)
+    repeated = next_time("30 2 * * *", datetime(2024, 10, 26, 12, tzinfo=UTC), berlin)
+    assert next_time("30 2 * * *", repeated, berlin).date() == datetime(2024, 10, 28, tzinfo=UTC).date()
+
+
+@pytest.mark.parametrize(
+    ("hours", "time", "inside"),
+    [
+        ("", "12:00", True),
+        ("0-6", "06:59", True),
+        ("0-6", "07:00", False),
+        ("22,23", "22:30", True),
+        ("1", "00:59", False),
+    ],
+)
+def test_hours_are_those_of_the_local_clock(hours, time, inside):
+    now = datetime.fromisoformat(f"2024-06-01T{time}:30+09:00")
+    assert inside_hours(hours, now, ZoneInfo("Asia/Seoul")) is inside
+
+
+def test_the_first_minute_inside_the_hours():
+    now = datetime(2024, 6, 1, 7, 30, tzinfo=UTC)
+    assert next_inside_hours("0-6", now, UTC) == datetime(2024, 6, 2, tzinfo=UTC)
+
+
+def test_the_zone_of_the_configuration_or_of_the_system():
+    assert str(local_zone("Asia/Seoul")) == "Asia/Seoul"
+    assert local_zone(None).utcoffset(datetime(2024, 1, 1)) is not None
