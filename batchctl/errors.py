@@ -22,9 +22,9 @@ class ExitCode(IntEnum):
 
 MEANING = {
     ExitCode.DONE: "done; for aggregate also: nothing to aggregate",
-    ExitCode.FAILED: 'no step succeeded, or on_failure = "stop" ended the run; an aggregation failed',
+    ExitCode.FAILED: 'failed: no step succeeded, or on_failure = "stop"; an aggregation failed',
     ExitCode.USAGE: "wrong usage",
-    ExitCode.PARTIAL: "partial: the batch went on, some steps failed or timed out, at least one succeeded",
+    ExitCode.PARTIAL: "partial: some steps failed or timed out, at least one succeeded",
     ExitCode.DATABASE_UNREACHABLE: "database unreachable, nothing was started",
     ExitCode.BUG: "a bug in batchctl",
     ExitCode.SKIPPED: "skipped, whatever the reason (--skip-exit-code changes it)",

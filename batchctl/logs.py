@@ -8,7 +8,7 @@ import os
 import sys
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta, tzinfo
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING
 
 from batchctl.paths import private_directory
 
@@ -91,13 +91,14 @@ class PrivateFile(logging.Handler):
                 os.close(descriptor)
 
 
-class Stream(logging.StreamHandler[TextIO]):
-    """Writes to a stream whose encoding may be ASCII under cron; never fails on a character."""
+class StandardError(logging.Handler):
+    """Writes to standard error as it is at that moment, so that a view on the terminal can make room for a line."""
 
     def emit(self, record: logging.LogRecord) -> None:
+        # Nobody may be reading any more.
         with suppress(OSError, ValueError):
-            self.stream.write(f"{self.format(record)}\n")
-            self.flush()
+            sys.stderr.write(f"{self.format(record)}\n")
+            sys.stderr.flush()
 
 
 def set_up(
@@ -118,7 +119,7 @@ def set_up(
     for handler in tuple(logger.handlers):
         logger.removeHandler(handler)
     formatter = (JsonLine if form == "json" else Line)(zone)
-    stream = Stream(sys.stderr)
+    stream = StandardError()
     stream.setLevel({1: logging.INFO}.get(verbosity, logging.DEBUG if verbosity > 1 else logging.ERROR))
     handlers: list[logging.Handler] = [stream]
     if log_dir is not None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from batchctl.batch.plan import PlannedStep, fill
 from batchctl.batch.process import Child, Command, Ending, Interruption, run_child
+from batchctl.batch.result import StepResult
 from batchctl.paths import private_directory
 
 if TYPE_CHECKING:
@@ -25,24 +26,6 @@ if TYPE_CHECKING:
 
 RETRY_SECONDS, RETRY_LONGEST_SECONDS = 10.0, 600.0
 """The delay before the first retry, doubled for each further one up to the longest."""
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What became of a step for an account; `not_run` until it has started."""
-
-    account: str
-    step: str
-    group: str | None
-    quantity: int
-    outcome: str = "not_run"
-    exit_code: int | None = None
-    signal: int | None = None
-    reason: str | None = None
-    attempts: int = 0
-    duration_seconds: float | None = None
-    log: str | None = None
-    running: bool = False
 
 
 @dataclass(frozen=True)

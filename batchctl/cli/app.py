@@ -16,8 +16,9 @@ import typer
 from batchctl.cli.session import LogFormat, Session
 from batchctl.errors import MEANING, BatchctlError, ExitCode
 
-EXIT_CODES = "Exit codes: " + "; ".join(
-    f"{'128+N' if code is ExitCode.SIGNAL else int(code)} {text.removeprefix('128+N: ')}"
+# The mark keeps the lines as they are.
+EXIT_CODES = "\b\nExit codes:\n" + "\n".join(
+    f"  {'128+N' if code is ExitCode.SIGNAL else int(code):<6}{text.removeprefix('128+N: ')}"
     for code, text in MEANING.items()
 )
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
 from rich.spinner import Spinner
 from rich.table import Table
@@ -15,7 +16,7 @@ from batchctl.logs import elapsed
 
 if TYPE_CHECKING:
     from batchctl.batch.plan import Plan
-    from batchctl.batch.runner import StepResult
+    from batchctl.batch.result import StepResult
 
 STYLES = {"success": "green", "failed": "red", "timeout": "red", "stopped": "yellow", "not_run": "dim"}
 
@@ -46,17 +47,16 @@ class LiveRun:
         if self._live is not None:
             self._live.stop()
 
-    def _draw(self) -> Table:
-        table = Table("account", "step", "", "time", "log", box=None, pad_edge=False, header_style="bold")
+    def _draw(self) -> Group:
+        table = Table("account", "step", "", "time", box=None, pad_edge=False, header_style="bold")
         for (account, step), result in self._rows.items():
             if result is None:
-                table.add_row(account, step, Text("waiting", "dim"), "", "")
+                table.add_row(account, step, Text("waiting", "dim"), "")
             elif result.running:
                 passed = elapsed(self._clock.monotonic() - self._began[account, step])
-                table.add_row(account, step, self._spinners[account, step], passed, Text(result.log or "", "dim"))
+                table.add_row(account, step, self._spinners[account, step], passed)
             else:
                 outcome = Text(result.outcome, STYLES.get(result.outcome, ""))
-                table.add_row(
-                    account, step, outcome, elapsed(result.duration_seconds or 0), Text(result.log or "", "dim")
-                )
-        return table
+                table.add_row(account, step, outcome, elapsed(result.duration_seconds or 0))
+        directories = {str(Path(result.log).parent) for result in self._rows.values() if result and result.log}
+        return Group(table, *(Text(f"output in {directory}", "dim", overflow="fold") for directory in directories))

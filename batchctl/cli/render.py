@@ -16,8 +16,7 @@ if TYPE_CHECKING:
     from datetime import tzinfo
 
     from batchctl.batch.plan import Plan
-    from batchctl.batch.runner import StepResult
-    from batchctl.batch.start import RunResult
+    from batchctl.batch.result import RunResult, StepResult
     from batchctl.report.jobs import JobStatus, NextStart
     from batchctl.rollup.refresh import GrainResult
 
@@ -133,15 +132,14 @@ def status(statuses: Sequence[JobStatus], *, zone: tzinfo, json: bool) -> None:
     rows = [
         (
             job.job,
-            job.state + (f" (pid {job.pid} on {job.host})" if job.pid else ""),
-            time(job.last_started_at),
-            time(job.last_completed_at),
-            job.last_outcome or "-",
+            f"running (pid {job.pid} on {job.host})" if job.state == "running" else job.state,
+            time(job.last_started_at if job.state == "running" else job.last_completed_at),
+            job.last_outcome or "-" if job.state != "running" else "-",
             time(job.next_eligible_at),
         )
         for job in statuses
     ]
-    table(("job", "state", "last started", "last completed", "outcome", "next eligible"), rows)
+    table(("job", "state", "since", "outcome", "next eligible"), rows)
 
 
 def next_starts(starts: Sequence[NextStart], *, zone: tzinfo, json: bool) -> None:

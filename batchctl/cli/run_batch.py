@@ -39,22 +39,21 @@ def run_batch(
         render.plan(plan, json=json)
         return 0
 
+    from batchctl.batch.guards import Guards
     from batchctl.batch.start import Start
 
     # With -v the log lines on standard error say everything.
     shown = session.shows_results and session.verbosity == 0 and not json
     live = render.run_view(plan, shown=shown)
     with live as watch:
-        result = Start(
+        guards = Guards(
             configuration=session.configuration,
             plan=plan,
             force_gap=force_gap,
             zone=session.zone,
             clock=session.clock,
             log=session.logger(name),
-            load_state=session.load_state,
-            watch=watch,
-            environment=dict(os.environ),
-        ).run()
+        )
+        result = Start(guards, session.load_state, watch, dict(os.environ)).run()
     render.run_result(result, json=json, shown=shown)
     return skip_exit_code if result.outcome == "skipped" else result.exit_code

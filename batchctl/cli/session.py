@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import logging
     from datetime import tzinfo
 
-    from batchctl.batch.start import State
+    from batchctl.batch.guards import State
     from batchctl.clock import Clock
     from batchctl.config import Configuration
     from batchctl.rollup.definition import Definition
@@ -97,7 +97,7 @@ class Session:
 
     def load_state(self) -> State:
         """Load what a batch needs of the database."""
-        from batchctl.batch.start import State
+        from batchctl.batch.guards import State
         from batchctl.state.host import this_host
         from batchctl.state.store import ClaimRequest
 

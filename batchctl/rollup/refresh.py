@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, Literal
 from batchctl.errors import BatchctlError, ConfigurationError, DatabaseUnavailableError
 from batchctl.rollup import compose
 from batchctl.rollup.definition import Places, differences
-from batchctl.state.database import sql
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
 
     from batchctl.clock import Clock
     from batchctl.rollup.definition import Definition, Grain
-    from batchctl.state.database import Session
+    from batchctl.state.database import Session, sql
 
 # Four hours of minutes: enough to spread a transaction's cost, few enough that a budget of seconds is kept on a busy
 # source and that what a crash repeats is little.

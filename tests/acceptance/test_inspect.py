@@ -1,0 +1,184 @@
+"""status, history, next, init, migrate: what they print, on a terminal and for programs."""
+
+from __future__ import annotations
+
+import os
+import signal
+import tomllib
+from datetime import datetime, timedelta
+
+import psycopg
+from support import batch, wait_for
+
+GROUPS = batch([("31", "true", 'group = "search"'), ("61", "true", 'group = "upload"')], 'schedule = "0 1 * * *"') + (
+    '[batch.daily.group.upload]\nschedule = "0 13 * * *"\n'
+    '[rollup.trend]\nsource = "fact_events"\ntime = "occurred_at"\n[rollup.trend.measures]\nevents = "count(*)"\n'
+)
+STATUS_KEYS = {
+    "job", "state", "last_started_at", "last_completed_at", "last_outcome", "next_eligible_at", "estimate_seconds",
+    "pid", "host",
+}  # fmt: skip
+
+
+def parse(instant):
+    return datetime.fromisoformat(instant)
+
+
+def test_status_before_during_and_after_a_run(batchctl):
+    line = "touch started; while ! test -e go; do sleep 0.05; done"
+    batchctl.configure(GROUPS.replace('["sh", "-c", "true"]', f'["sh", "-c", "{line}"]', 1))
+    before = batchctl.json("status")
+    assert [job["job"] for job in before["jobs"]] == [
+        "daily", "daily/search", "daily/upload", "trend/1m", "trend/5m", "trend/1h",
+    ]  # fmt: skip
+    assert all(set(job) == STATUS_KEYS for job in before["jobs"])
+    assert {job["state"] for job in before["jobs"]} == {"idle"}
+
+    process = batchctl.start("run-batch")
+    wait_for((batchctl.directory / "started").exists)
+    during = {job["job"]: job for job in batchctl.json("status")["jobs"]}
+    assert (during["daily"]["state"], during["daily"]["pid"]) == ("running", process.pid)
+    assert during["trend/1m"]["state"] == "idle"
+    answer = batchctl.json("next", "daily")["jobs"][0]
+    assert answer["estimated"]
+    lock = next(guard for guard in answer["guards"] if guard["guard"] == "lock")
+    assert not lock["allows"]
+    assert f"pid {process.pid}" in lock["text"]
+    (batchctl.directory / "go").touch()
+    process.communicate(timeout=30)
+
+    after = {job["job"]: job for job in batchctl.json("status")["jobs"]}
+    assert (after["daily"]["state"], after["daily"]["last_outcome"]) == ("idle", "success")
+    completed = parse(after["daily"]["last_completed_at"])
+    assert parse(after["daily"]["next_eligible_at"]) - completed == timedelta(hours=6)
+
+
+def test_status_does_not_believe_a_row_of_a_dead_run(batchctl):
+    batchctl.configure(batch([("31", "touch started; exec sleep 300")]))
+    process = batchctl.start("run-batch", start_new_session=True)
+    wait_for((batchctl.directory / "started").exists)
+    process.kill()
+    process.communicate()
+    assert batchctl.json("status")["jobs"][0]["state"] == "idle"
+    for line in batchctl("history").stdout.splitlines()[1:]:
+        assert "running" in line or "crashed" in line
+    with psycopg.connect(batchctl.url) as connection:
+        (pid,) = connection.execute("SELECT pid FROM batchctl.step_run").fetchone()
+    os.kill(pid, signal.SIGKILL)
+
+
+def test_next_is_the_first_cron_time_that_every_guard_allows(batchctl):
+    batchctl.configure(GROUPS)
+    first = batchctl.json("next", "daily", "--at", "2030-01-01T00:00:00Z")["jobs"]
+    assert [job["job"] for job in first] == ["daily", "daily/upload"]
+    assert first[0]["next_start_at"] == "2030-01-01T01:00:00Z"
+    batchctl("run-batch")
+    with psycopg.connect(batchctl.url) as connection:
+        # As if the run had ended at 20:00, so that 01:00 comes five hours later: too early.
+        connection.execute("UPDATE batchctl.state SET last_completed_at = '2030-01-01 20:00Z'")
+    following = {job["job"]: job for job in batchctl.json("next", "--at", "2030-01-01T21:00:00Z")["jobs"]}
+    assert following["daily"]["next_start_at"] == "2030-01-03T01:00:00Z"
+    assert following["daily/upload"]["next_start_at"] == "2030-01-02T13:00:00Z"
+    assert following["trend/5m"]["next_start_at"] == "2030-01-01T21:00:00Z"
+    text = batchctl("next", "daily", "--at", "2030-01-01T21:00").stdout
+    assert "daily: 2030-01-03 01:00:00\n" in text
+    assert "gap: until 2030-01-02 02:00:00" in text
+
+
+def test_next_of_a_disabled_batch_is_never(batchctl):
+    batchctl.configure(GROUPS.replace("schedule", "enabled = false\nschedule", 1))
+    answer = batchctl.json("next", "daily")["jobs"][0]
+    assert answer["next_start_at"] is None
+    assert not answer["guards"][0]["allows"]
+
+
+def test_history_counts_a_series_of_skips_in_one_row(batchctl):
+    batchctl.configure(GROUPS + "")
+    with psycopg.connect(batchctl.url) as connection:
+        connection.execute("CREATE TABLE fact_events (occurred_at timestamptz)")
+    batchctl("migrate")
+    text = batchctl.config.read_text().replace("[rollup.trend]", "[rollup.trend]\nenabled = false")
+    batchctl.config.write_text(text)
+    for _ in range(3):
+        assert batchctl.json("aggregate", "--grain", "1m", code=75)["rollups"][0]["reason"] == "disabled"
+    entries = batchctl.json("history", "trend")["entries"]
+    assert [(entry["job"], entry["reason"], entry["count"]) for entry in entries] == [("trend/1m", "disabled", 3)]
+
+
+def test_init_writes_a_starter_that_runs_and_never_overwrites(embedded_batchctl):
+    command = embedded_batchctl
+    done = command("init", "-v")
+    assert done.stdout.startswith(f"Wrote {command.config}")
+    starter = command.config.read_text()
+    tomllib.loads(starter)
+    assert "already" not in starter
+    assert "is left alone" in command("init", code=78).stderr
+    assert command.config.read_text() == starter
+    command.config.write_text('state_dir = "state"\n' + starter)
+    assert command.json("run-batch")["outcome"] == "success"
+
+
+def test_migrate_prints_its_sql_and_executes_none_of_it(batchctl):
+    batchctl.configure(GROUPS)
+    with psycopg.connect(batchctl.url) as connection:
+        connection.execute("CREATE TABLE fact_events (occurred_at timestamptz)")
+    statements = batchctl("migrate", "--dry-run").stdout
+    assert 'CREATE TABLE "batchctl".state' in statements
+    assert "TRIGGER" in statements
+    with psycopg.connect(batchctl.url) as connection:
+        assert connection.execute("SELECT to_regnamespace('batchctl')").fetchone() == (None,)
+    assert "Made the tables and triggers of trend." in batchctl("migrate", "-v").stdout
+    assert "Nothing to do." in batchctl("migrate", "-v").stdout
+    batchctl("migrate", "--drop", "trend")
+    with psycopg.connect(batchctl.url) as connection:
+        assert connection.execute("SELECT to_regclass('agg_1m')").fetchone() == (None,)
+    assert "is not in the database" in batchctl("migrate", "--drop", "trend", code=2).stderr
+
+
+def test_an_aggregate_of_what_was_not_migrated_says_what_to_do(batchctl):
+    batchctl.configure(GROUPS)
+    done = batchctl("aggregate", code=78)
+    assert "run `batchctl migrate`" in done.stderr
+
+
+def test_the_whole_line_from_event_to_hour(batchctl):
+    batchctl.configure(GROUPS)
+    with psycopg.connect(batchctl.url) as connection:
+        connection.execute("CREATE TABLE fact_events (occurred_at timestamptz)")
+        connection.execute("INSERT INTO fact_events SELECT '2025-11-13 06:51:07Z' FROM generate_series(1, 150)")
+    batchctl("migrate")
+    done = batchctl("aggregate", "--grain", "1m", "-v")
+    assert "INFO | Starting 1m aggregation for bucket: 2025-11-13 06:51:00 (150 events)" in done.stderr
+    assert "INFO | 1m aggregation completed: 1 rows in 0." in done.stderr
+    result = batchctl.json("aggregate")["rollups"]
+    assert [(grain["grain"], grain["outcome"], grain["rows_written"]) for grain in result] == [
+        ("1m", "empty", 0),
+        ("5m", "success", 1),
+        ("1h", "success", 1),
+    ]
+    with psycopg.connect(batchctl.url) as connection:
+        connection.execute("INSERT INTO fact_events VALUES ('2025-11-13 06:59:59Z')")
+        connection.execute("DELETE FROM fact_events WHERE ctid IN (SELECT ctid FROM fact_events LIMIT 50)")
+    assert (batchctl("aggregate").stdout, batchctl("aggregate").stderr) == ("", "")
+    with psycopg.connect(batchctl.url) as connection:
+        rows = connection.execute("SELECT bucket AT TIME ZONE 'UTC', events FROM agg_1h").fetchall()
+    assert rows == [(datetime(2025, 11, 13, 6), 101)]
+    debug = batchctl("aggregate", "--grain", "1m", "-vv").stderr
+    assert "DEBUG | No events for bucket " in debug
+    assert ", skipping aggregation" in debug
+
+
+def test_a_rebuild_repairs_what_somebody_changed_by_hand(batchctl):
+    batchctl.configure(GROUPS)
+    with psycopg.connect(batchctl.url) as connection:
+        connection.execute("CREATE TABLE fact_events (occurred_at timestamptz)")
+        connection.execute("INSERT INTO fact_events VALUES ('2025-11-13 06:51:07Z')")
+    batchctl("migrate")
+    batchctl("aggregate")
+    with psycopg.connect(batchctl.url) as connection:
+        connection.execute("UPDATE agg_1m SET events = 99")
+        connection.execute("DELETE FROM agg_1h")
+    batchctl("aggregate", "--rebuild", "--from", "2025-11-13", "--to", "2025-11-14")
+    with psycopg.connect(batchctl.url) as connection:
+        for table in ("agg_1m", "agg_5m", "agg_1h"):
+            assert connection.execute(f"SELECT events FROM {table}").fetchall() == [(1,)]
