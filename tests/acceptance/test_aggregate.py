@@ -1,0 +1,200 @@
+"""aggregate as a crontab calls it."""
+
+from __future__ import annotations
+
+import os
+import time
+from datetime import UTC, datetime
+
+import psycopg
+import pytest
+from support import wait_for
+
+from batchctl.guard.identity import identify
+from batchctl.guard.lock import Holder, acquire, lock_path
+
+TREND = """
+[rollup.trend]
+source = "fact_events"
+time = "occurred_at"
+[rollup.trend.measures]
+events = "count(*)"
+"""
+GRAIN_KEYS = {
+    "rollup", "grain", "outcome", "reason", "buckets", "source_rows", "rows_written", "rows_deleted",
+    "remaining_buckets", "duration_seconds",
+}  # fmt: skip
+
+
+@pytest.fixture
+def trend(batchctl):
+    """The program with a migrated rollup and an index on its source."""
+    batchctl.configure(TREND)
+    with psycopg.connect(batchctl.url) as connection:
+        connection.execute("CREATE TABLE fact_events (occurred_at timestamptz, value numeric DEFAULT 1)")
+        connection.execute("CREATE INDEX ON fact_events (occurred_at)")
+    batchctl("migrate")
+    return batchctl
+
+
+def insert(batchctl, *instants):
+    with psycopg.connect(batchctl.url) as connection:
+        for instant in instants:
+            connection.execute("INSERT INTO fact_events (occurred_at) VALUES (%s)", [instant])
+
+
+def test_the_result_has_the_promised_keys_and_an_empty_tick_is_done(trend):
+    result = trend.json("aggregate")
+    assert set(result) == {"version", "rollups"}
+    assert [set(grain) for grain in result["rollups"]] == [GRAIN_KEYS] * 3
+    assert {grain["outcome"] for grain in result["rollups"]} == {"empty"}
+    with psycopg.connect(trend.url) as connection:
+        rows = connection.execute("SELECT job, last_outcome, last_completed_at FROM batchctl.state").fetchall()
+    assert sorted(row[:2] for row in rows) == [("trend/1h", "empty"), ("trend/1m", "empty"), ("trend/5m", "empty")]
+    before = {row[0]: row[2] for row in rows}
+    trend("aggregate", "--grain", "1m")
+    with psycopg.connect(trend.url) as connection:
+        after = dict(connection.execute("SELECT job, last_completed_at FROM batchctl.state").fetchall())
+    assert after["trend/1m"] > before["trend/1m"]
+    assert after["trend/5m"] == before["trend/5m"]
+
+
+def test_a_grain_that_is_locked_is_skipped_and_the_others_go_on(trend):
+    insert(trend, "2025-11-13 06:51:07Z")
+    path = lock_path(trend.directory / "state", "rollup.trend.5m")
+    lock = acquire(path, Holder("here", *identify(os.getpid()), datetime.now(UTC)))
+    with lock:
+        result = trend.json("aggregate")["rollups"]
+        assert [(grain["outcome"], grain["reason"]) for grain in result] == [
+            ("success", None), ("skipped", "running"), ("empty", None),
+        ]  # fmt: skip
+        done = trend("aggregate", "--grain", "5m", code=75)
+        assert (done.stdout, done.stderr) == ("", "")
+        assert f"5m aggregation is still in progress (pid {os.getpid()} on here" in trend.log
+        trend("aggregate", "--grain", "5m", "--skip-exit-code", "0", code=0)
+    entries = trend.json("history")["entries"]
+    assert [(entry["job"], entry["reason"], entry["count"]) for entry in entries] == [("trend/5m", "running", 3)]
+    assert trend.json("aggregate", "--grain", "5m")["rollups"][0]["rows_written"] == 1
+
+
+def test_a_grain_that_another_host_works_on_is_skipped(trend):
+    insert(trend, "2025-11-13 06:51:07Z")
+    with psycopg.connect(trend.url) as connection:
+        connection.execute("SELECT FROM batchctl.state WHERE job = 'trend/1m' FOR UPDATE")
+        result = trend.json("aggregate", "--grain", "1m", code=75)["rollups"][0]
+        assert (result["outcome"], result["reason"]) == ("skipped", "running_elsewhere")
+    assert trend.json("aggregate", "--grain", "1m")["rollups"][0]["outcome"] == "success"
+
+
+def test_a_measure_that_fails_is_an_error_and_nothing_is_lost(batchctl):
+    batchctl.configure(TREND + 'ratio = "max(1 / value)"\n')
+    with psycopg.connect(batchctl.url) as connection:
+        connection.execute("CREATE TABLE fact_events (occurred_at timestamptz, value numeric DEFAULT 0)")
+    batchctl("migrate")
+    insert(batchctl, "2025-11-13 06:51:07Z")
+    done = batchctl("aggregate", "--json", code=1)
+    assert "division by zero" in done.stdout
+    assert done.stderr.count("\n") == 1
+    assert "ERROR | 1m aggregation failed" in done.stderr
+    with psycopg.connect(batchctl.url) as connection:
+        connection.execute("UPDATE fact_events SET value = 2")
+    assert batchctl.json("aggregate")["rollups"][0]["outcome"] == "success"
+
+
+def test_a_database_that_is_down(trend):
+    trend.environment = {"BATCHCTL_DATABASE_URL": "postgresql://nobody@127.0.0.1:1/none"}
+    began = time.monotonic()
+    done = trend("aggregate", code=69)
+    assert done.stderr.count("\n") == 1
+    assert time.monotonic() - began < 10
+
+
+def test_what_does_not_exist_or_fit_is_wrong_usage(trend):
+    for arguments in (
+        ["--grain", "2m"],
+        ["--rollup", "other"],
+        ["--rebuild"],
+        ["--from", "2025-01-01"],
+        ["--rebuild", "--from", "2025-01-02", "--to", "2025-01-01"],
+        ["--rebuild", "--from", "yesterday", "--to", "2025-01-01"],
+    ):
+        done = trend("aggregate", *arguments, code=2)
+        assert "Traceback" not in done.stderr
+
+
+def test_a_dry_run_counts_and_changes_nothing(trend):
+    insert(trend, "2025-11-13 06:51:07Z", "2025-11-13 06:52:07Z", "2025-11-13 06:52:08Z")
+    waiting = trend.json("aggregate", "--dry-run")["rollups"]
+    assert [(grain["grain"], grain["remaining_buckets"]) for grain in waiting] == [("1m", 2), ("5m", 0), ("1h", 0)]
+    assert trend.json("aggregate", "--grain", "1m")["rollups"][0]["buckets"] == 2
+
+
+def test_killed_at_any_moment_nothing_is_lost_and_nothing_is_counted_twice(trend):
+    """A tick that is killed while it works, many times; then one that is not."""
+    with psycopg.connect(trend.url) as connection:
+        connection.execute(
+            "INSERT INTO fact_events SELECT timestamptz '2025-11-13Z' + i * interval '7 s' "
+            "FROM generate_series(1, 60000) AS i"
+        )
+    for number in range(6):
+        process = trend.start("aggregate")
+        time.sleep(0.35 + 0.1 * number)
+        process.kill()
+        process.communicate()
+    wait_for(lambda: trend.json("aggregate", code=None)["rollups"][0]["outcome"] in ("success", "empty"))
+    trend("aggregate")
+    with psycopg.connect(trend.url) as connection:
+        for table, width in (("agg_1m", "1 min"), ("agg_5m", "5 min"), ("agg_1h", "1 hour")):
+            truth = f"SELECT date_bin('{width}', occurred_at, '2000-01-01Z'), count(*) FROM fact_events GROUP BY 1"
+            rolled_up = f"SELECT bucket, events FROM {table}"
+            for query in (f"{truth} EXCEPT {rolled_up}", f"{rolled_up} EXCEPT {truth}"):
+                assert connection.execute(query).fetchall() == []
+
+
+def test_an_aggregate_of_what_was_not_migrated_says_what_to_do(batchctl):
+    batchctl.configure(TREND)
+    done = batchctl("aggregate", code=78)
+    assert "run `batchctl migrate`" in done.stderr
+
+
+def test_the_whole_line_from_event_to_hour(batchctl):
+    batchctl.configure(TREND)
+    with psycopg.connect(batchctl.url) as connection:
+        connection.execute("CREATE TABLE fact_events (occurred_at timestamptz)")
+        connection.execute("INSERT INTO fact_events SELECT '2025-11-13 06:51:07Z' FROM generate_series(1, 150)")
+    batchctl("migrate")
+    done = batchctl("aggregate", "--grain", "1m", "-v")
+    assert "INFO | Starting 1m aggregation for bucket: 2025-11-13 06:51:00 (150 events)" in done.stderr
+    assert "INFO | 1m aggregation completed: 1 rows in 0." in done.stderr
+    result = batchctl.json("aggregate")["rollups"]
+    assert [(grain["grain"], grain["outcome"], grain["rows_written"]) for grain in result] == [
+        ("1m", "empty", 0),
+        ("5m", "success", 1),
+        ("1h", "success", 1),
+    ]
+    with psycopg.connect(batchctl.url) as connection:
+        connection.execute("INSERT INTO fact_events VALUES ('2025-11-13 06:59:59Z')")
+        connection.execute("DELETE FROM fact_events WHERE ctid IN (SELECT ctid FROM fact_events LIMIT 50)")
+    assert (batchctl("aggregate").stdout, batchctl("aggregate").stderr) == ("", "")
+    with psycopg.connect(batchctl.url) as connection:
+        rows = connection.execute("SELECT bucket AT TIME ZONE 'UTC', events FROM agg_1h").fetchall()
+    assert rows == [(datetime(2025, 11, 13, 6), 101)]
+    debug = batchctl("aggregate", "--grain", "1m", "-vv").stderr
+    assert "DEBUG | No events for bucket " in debug
+    assert ", skipping aggregation" in debug
+
+
+def test_a_rebuild_repairs_what_somebody_changed_by_hand(batchctl):
+    batchctl.configure(TREND)
+    with psycopg.connect(batchctl.url) as connection:
+        connection.execute("CREATE TABLE fact_events (occurred_at timestamptz)")
+        connection.execute("INSERT INTO fact_events VALUES ('2025-11-13 06:51:07Z')")
+    batchctl("migrate")
+    batchctl("aggregate")
+    with psycopg.connect(batchctl.url) as connection:
+        connection.execute("UPDATE agg_1m SET events = 99")
+        connection.execute("DELETE FROM agg_1h")
+    batchctl("aggregate", "--rebuild", "--from", "2025-11-13", "--to", "2025-11-14")
+    with psycopg.connect(batchctl.url) as connection:
+        for table in ("agg_1m", "agg_5m", "agg_1h"):
+            assert connection.execute(f"SELECT events FROM {table}").fetchall() == [(1,)]
