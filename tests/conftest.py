@@ -47,7 +47,9 @@ def server(request, tmp_path_factory):
             for setting in ("fsync", "full_page_writes", "synchronous_commit"):
                 connection.execute(f"ALTER SYSTEM SET {setting} = off")
             connection.execute("ALTER SYSTEM SET max_prepared_transactions = 10")
-            connection.execute("SELECT pg_reload_conf()")
+        # The last of them is read by a server that starts.
+        running.stop()
+        running.start()
         yield running
     finally:
         running.stop()

@@ -1,0 +1,165 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from batchctl.config import Rollup, parse_duration
+from batchctl.errors import ConfigurationError, ExitCode
+from batchctl.rollup.definition import Places, Table, differences, read_definition, read_measure
+
+PATH = Path("/etc/batchctl.toml")
+
+
+def rollup(**keys):
+    return Rollup(**{"source": "fact_events", "time": "occurred_at", "measures": {"events": "count(*)"}} | keys)
+
+
+def read(**keys):
+    return read_definition("trend", rollup(**keys), PATH)
+
+
+@pytest.mark.parametrize(
+    ("text", "function", "expression"),
+    [
+        ("count(*)", "count", "*"),
+        (" Count ( * ) ", "count", "*"),
+        ("count(item)", "count", "item"),
+        ("sum(value)", "sum", "value"),
+        ("sum(quantity * (unit_price - 1))", "sum", "quantity * (unit_price - 1)"),
+        ("min(coalesce(a, b))", "min", "coalesce(a, b)"),
+        ("max(case when a = ')' then 1 end)", "max", "case when a = ')' then 1 end"),
+        ("avg((a) + (b))", "avg", "(a) + (b)"),
+        ("sum(length($tag$ ) ' $tag$))", "sum", "length($tag$ ) ' $tag$)"),
+        (r"sum(length(e'it\') ; s'))", "sum", r"length(e'it\') ; s')"),
+        ('sum("odd ) , name")', "sum", '"odd ) , name"'),
+        ("sum(value % 10)", "sum", "value % 10"),
+    ],
+)
+def test_a_measure_is_a_function_of_an_expression(text, function, expression):
+    measure = read_measure("m", text, "place")
+    assert (measure.function, measure.expression) == (function, expression)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "median(x)",
+        "count(distinct x)",
+        "sum(ALL x)",
+        "count()",
+        "sum(*)",
+        "sum(x) + 1",
+        "sum(x) + sum(y)",
+        "sum(x",
+        "sum(x))",
+        "sum((x)",
+        "sum(a), sum(b)",
+        "sum(a, b)",
+        "sum('x)",
+        'sum("x)',
+        "sum(x -- all of it\n)",
+        "sum(x /* all */)",
+        "sum(x); drop table fact_events",
+        "sum(1; 2)",
+        "value",
+        "",
+    ],
+)
+def test_anything_else_is_refused_with_its_key(text):
+    with pytest.raises(ConfigurationError) as caught:
+        read(measures={"foo": text})
+    message = str(caught.value)
+    assert message.startswith("/etc/batchctl.toml: rollup.trend.measures.foo: found ")
+    assert repr(text) in message
+    assert "count(*), count(x), sum(x), min(x), max(x) or avg(x)" in message
+    assert caught.value.exit_code == ExitCode.CONFIGURATION
+
+
+@pytest.mark.parametrize("where", ["a) or (b", "(a", "a; b", "a -- b", "a = 'b"])
+def test_a_filter_that_would_escape_is_refused(where):
+    with pytest.raises(ConfigurationError, match=r"rollup\.trend\.where: found"):
+        read(where=where)
+
+
+def test_a_filter_may_hold_commas_and_quotes():
+    assert read(where=" kind in ('a', 'b;') and x like '10%' ").where == "kind in ('a', 'b;') and x like '10%'"
+
+
+def test_an_average_is_kept_as_sum_and_count():
+    parts = read_measure("value_avg", "avg(value)", "").parts
+    assert [(part.column, part.function, part.merge) for part in parts] == [
+        ("value_avg_sum", "sum", "sum"),
+        ("value_avg_count", "count", "sum"),
+    ]
+
+
+@pytest.mark.parametrize(("function", "merge"), [("count", "sum"), ("sum", "sum"), ("min", "min"), ("max", "max")])
+def test_how_a_measure_merges_upwards(function, merge):
+    assert read_measure("m", f"{function}(x)", "").parts[0].merge == merge
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"measures": {"x": "avg(v)", "x_sum": "sum(v)"}},
+        {"measures": {"x": "avg(v)", "x_count": "min(v)"}},
+        {"measures": {"bucket": "count(*)"}},
+        {"dimensions": ("bucket",)},
+        {"dimensions": ("x_sum",), "measures": {"x": "avg(v)"}},
+        {"dimensions": ("a", "a")},
+        {"dimensions": ("events",)},
+        {"measures": {"xmin": "min(x)"}},
+        {"dimensions": ("batchctl_rows",)},
+        {"measures": {"m" * 60: "avg(x)"}},
+        {"measures": {"": "count(*)"}},
+        {"time": " "},
+    ],
+)
+def test_columns_that_collide_are_refused(keys):
+    with pytest.raises(ConfigurationError, match=r"^/etc/batchctl\.toml: rollup\.trend\."):
+        read(**keys)
+
+
+def test_each_grain_is_built_from_the_one_before():
+    definition = read()
+    assert [(grain.name, grain.seconds, grain.target) for grain in definition.grains] == [
+        ("1m", 60, "agg_1m"),
+        ("5m", 300, "agg_5m"),
+        ("1h", 3600, "agg_1h"),
+    ]
+    assert definition.finer("1m") is None
+    assert definition.finer("1h") == definition.grain("5m")
+    assert definition.coarser("1m") == definition.grain("5m")
+    assert definition.coarser("1h") is None
+    assert definition.job("5m") == "trend/5m"
+
+
+def test_the_order_of_measures_is_not_a_change():
+    one = read(measures={"a": "count(*)", "b": "sum(v)"})
+    other = read(measures={"b": "SUM( v )", "a": "count( * )"})
+    assert differences(one.as_json(), other.as_json()) == []
+
+
+def test_a_change_is_named():
+    changes = differences(
+        read(measures={"a": "count(*)", "b": "sum(v)"}).as_json(),
+        read(
+            measures={"a": "count(*)", "b": "sum(w)", "c": "min(v)"}, dimensions=("item",), settle=parse_duration("1h")
+        ).as_json(),
+    )
+    assert changes == [
+        "dimensions: was [], now [item]",
+        "measures.b: was 'sum(v)', now 'sum(w)'",
+        "measures.c: was nothing, now 'min(v)'",
+    ]
+
+
+def test_places_survive_the_registry():
+    places = Places(Table("public", "fact_events"), {"1m": Table("public", "agg_1m")})
+    assert Places.from_json(places.as_json()) == places
+
+
+def test_events_are_counted_by_the_measure_that_counts_rows():
+    assert read(measures={"n": "count(*)", "v": "count(v)"}).events == "n"
+    assert read(measures={"v": "count(v)"}).events is None
