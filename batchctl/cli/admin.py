@@ -10,7 +10,7 @@ import typer
 
 from batchctl.cli.app import command
 from batchctl.cli.session import Session
-from batchctl.errors import ConfigurationError
+from batchctl.errors import ConfigurationError, UsageError
 
 STARTER = Path(__file__).with_name("starter.toml")
 
@@ -86,6 +86,8 @@ def demo(
     from batchctl.cli import render
     from batchctl.demo import tour
 
+    if data is not None and (stop or clean):
+        raise UsageError("--data goes with a demo that runs, not with --stop or --clean")
     if clean:
         return tour.clean(directory, session.clock, render.line)
     if stop:

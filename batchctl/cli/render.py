@@ -37,8 +37,9 @@ def document(content: dict[str, Any]) -> None:
 
 
 def line(text: str) -> None:
-    """Print a plain line."""
+    """Print a plain line, at once: who reads a pipe of a long command sees how far it is."""
     sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
