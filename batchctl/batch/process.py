@@ -57,10 +57,9 @@ def interpret(returncode: int | None, ended_by: str | None, reason: str | None =
 
 
 class Interruption:
-    """A wish to end the run early, made by a signal handler and seen by every waiting thread."""
+    """A wish to end the run early, seen by every waiting thread."""
 
     def __init__(self) -> None:
-        # The lock is re-entrant, because a signal handler may interrupt its own holder.
         self.condition = threading.Condition()
         self.signal: int | None = None
         self.count = 0

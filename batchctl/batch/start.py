@@ -6,6 +6,7 @@ import os
 import secrets
 import signal
 import socket
+import threading
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -177,14 +178,33 @@ def new_run_id(now: datetime) -> str:
 
 @contextmanager
 def _handled_signals() -> Iterator[Interruption]:
-    """Turn SIGTERM, SIGINT and SIGHUP into a request to end for the block; what was ignored (nohup) stays so."""
+    """Turn SIGTERM, SIGINT and SIGHUP into a request to end for the block; what was ignored (nohup) stays so.
+
+    A handler in Python runs only when the main thread gets to it, and a signal that comes just before that thread
+    begins to wait is not noticed until the wait ends. So the number is taken from the wake-up descriptor, which the
+    interpreter writes at once, by a thread that does nothing else.
+    """
     interruption = Interruption()
-    before = {}
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            before[number] = signal.signal(number, lambda received, _frame: interruption.request(received))
+    receiving, sending = socket.socketpair()
+    sending.setblocking(False)
+    numbers = [
+        number
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+        if signal.getsignal(number) is not signal.SIG_IGN
+    ]
+
+    def listen() -> None:
+        while received := receiving.recv(1):
+            if received[0] in numbers:
+                interruption.request(received[0])
+
+    threading.Thread(target=listen, daemon=True, name="signals").start()
+    descriptor_before = signal.set_wakeup_fd(sending.fileno(), warn_on_full_buffer=False)
+    before = {number: signal.signal(number, lambda *_: None) for number in numbers}
     try:
         yield interruption
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(descriptor_before)
+        sending.close()

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import psycopg
 import pytest
-from support import batch, skip_or_fail
+from support import REQUIRE_ALL, batch, skip_or_fail
 
 STARTS = 32
-ROUNDS = 10
+ROUNDS = 10 if REQUIRE_ALL else 3
 
 
 def one_step(line, options=""):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import time
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -139,7 +138,8 @@ def test_a_command_that_does_not_exist_is_a_failed_step(batchctl):
     assert "cannot start './no-such-program'" in batchctl.log
 
 
-def test_a_failed_step_is_tried_again(batchctl):
+def test_a_failed_step_is_tried_again(embedded_batchctl):
+    batchctl = embedded_batchctl
     # The first retry comes after ten seconds: the real delay, once.
     batchctl.configure(batch([("31", "test -e tried || { touch tried; exit 1; }", "retries = 1")]))
     result = batchctl.json("run-batch")
@@ -238,9 +238,7 @@ def test_an_orphan_is_found_by_its_lock_or_its_marker_alone(batchctl):
 
 
 def test_leftovers_may_be_ignored(batchctl):
-    batchctl.configure(
-        batch([("31", "setsid sleep 300 & echo $! > agent.pid")], 'leftovers = "ignore"\nmin_gap = "0s"')
-    )
+    batchctl.configure(batch([("31", "setsid sleep 300 & echo $! >> agents")], 'leftovers = "ignore"\nmin_gap = "0s"'))
     batchctl("run-batch")
     try:
         assert "WARNING | The run left processes alive" in batchctl.log
@@ -249,7 +247,8 @@ def test_leftovers_may_be_ignored(batchctl):
         batchctl.configure(batch([("31", "true")], 'leftovers = "skip"\nmin_gap = "0s"'))
         assert batchctl.json("run-batch", code=75)["reason"] == "orphans"
     finally:
-        subprocess.run(["pkill", "-f", "^sleep 300$"], check=False)
+        for pid in (batchctl.directory / "agents").read_text().split():
+            os.kill(int(pid), signal.SIGKILL)
 
 
 def test_nothing_is_left_running_blocks_nothing(batchctl):

@@ -1,0 +1,240 @@
+"""The lines of crontab.example under Debian's cron: new events arrive in agg_1m, and nobody gets a mail."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import re
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import time
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import NamedTuple
+
+import psycopg
+import pytest
+from support import skip_or_fail
+
+from batchctl.clock import SystemClock
+from batchctl.state.embedded import EmbeddedServer
+
+PROJECT = Path(__file__).resolve().parents[2]
+EXAMPLE = PROJECT / "crontab.example"
+PROGRAM = "/opt/batchctl/.venv/bin/batchctl"
+CONFIG = "/etc/batchctl.toml"
+SENDMAIL = Path("/usr/sbin/sendmail")
+PID_FILE = Path("/run/crond.pid")
+TOOLS = "/usr/sbin:/usr/bin:/sbin:/bin"
+EVENTS = 25
+LIMIT = 150  # seconds; cron needs up to one minute, and second 5 of the one after the events
+JOBS_LIMIT = 90  # seconds for the last jobs to end
+
+CONFIGURATION = """\
+state_dir = "state"
+[database]
+embedded = true
+[batch.daily]
+schedule = "0 1 * * *"
+[[batch.daily.step]]
+id = "31"
+command = ["echo", "what a step prints goes to its log"]
+[rollup.trend]
+source = "fact_events"
+time = "occurred_at"
+dimensions = ["event_type", "item"]
+[rollup.trend.measures]
+events = "count(*)"
+value_sum = "sum(value)"
+"""
+SOURCE = """
+CREATE TABLE fact_events (occurred_at timestamptz, event_type text, item text, value integer);
+CREATE INDEX ON fact_events (occurred_at);
+"""
+ARRIVE = "INSERT INTO fact_events SELECT now(), 'view', 'item ' || n %% 3, n FROM generate_series(1, %s) n"
+
+
+class Installation(NamedTuple):
+    """A program, and a configuration with a database of its own."""
+
+    program: Path
+    config: Path
+    server: EmbeddedServer
+
+    def query(self, statement: str, *parameters: object) -> tuple[object, ...] | None:
+        with psycopg.connect(**self.server.connection_parameters()) as connection:
+            cursor = connection.execute(statement, parameters)
+            return cursor.fetchone() if cursor.description else None
+
+
+def crontab(*arguments: str, text: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+    environment = {**os.environ, "PATH": TOOLS, "LC_ALL": "C"}
+    return subprocess.run(["crontab", *arguments], input=text, capture_output=True, check=False, env=environment)
+
+
+def installed_crontab() -> bytes | None:
+    """The crontab of root, None if there is none, which is not the same as an empty one."""
+    done = crontab("-l")
+    if done.returncode and b"no crontab for" not in done.stderr:
+        raise AssertionError(done)
+    return None if done.returncode else done.stdout
+
+
+def command_line(pid: int | str) -> str:
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+    return ""
+
+
+def cron_pid() -> int | None:
+    """The running daemon's, whoever started it; a zombie's command line is empty."""
+    with suppress(OSError, ValueError):
+        pid = int(PID_FILE.read_text())
+        if re.match(r"(\S*/)?cron\b", command_line(pid)):
+            return pid
+    return None
+
+
+def processes_naming(path: Path) -> list[str]:
+    mine = str(os.getpid())
+    lines = {entry.name: command_line(entry.name) for entry in Path("/proc").glob("[0-9]*") if entry.name != mine}
+    return [f"{pid} {line}" for pid, line in lines.items() if str(path) in line]
+
+
+def wait_for(condition, limit: float, step: float = 0.5) -> bool:
+    end = time.monotonic() + limit
+    while not condition():
+        if time.monotonic() >= end:
+            return False
+        time.sleep(step)
+    return True
+
+
+@contextmanager
+def crontab_of_root(text: str):
+    before = installed_crontab()
+    try:
+        done = crontab("-", text=text.encode())
+        assert done.returncode == 0, done.stderr
+        yield
+    finally:
+        crontab("-r") if before is None else crontab("-", text=before)
+        assert installed_crontab() == before
+
+
+@contextmanager
+def cron_daemon():
+    if cron_pid() is not None:
+        yield
+        return
+    pid_file_was_there = PID_FILE.exists()
+    subprocess.run([shutil.which("cron", path=TOOLS)], check=True, stdin=subprocess.DEVNULL)
+    pid = None
+    try:
+        assert wait_for(cron_pid, 10, 0.05), "cron does not start"
+        pid = cron_pid()
+        yield
+    finally:
+        if pid is not None:
+            os.kill(pid, signal.SIGTERM)
+            assert wait_for(lambda: cron_pid() is None, 10, 0.05), f"cron (pid {pid}) does not end"
+        if not pid_file_was_there:
+            PID_FILE.unlink(missing_ok=True)
+
+
+@contextmanager
+def mails_of_cron(directory: Path):
+    """Lend a shell for the crontab, and a function that returns what cron has mailed."""
+    shell = Path("/bin/sh")
+    kept = f'"$(mktemp {directory}/mail.XXXXXX)"'
+    own = not SENDMAIL.exists()
+    if own:
+        # Without a sendmail cron throws away what the jobs print.
+        SENDMAIL.write_text(f"#!/bin/sh\nexec cat >{kept}\n")
+        SENDMAIL.chmod(0o755)
+    else:
+        # Not to be replaced on a machine that sends mails: a shell in between keeps what the jobs print.
+        shell = directory / "shell"
+        shell.write_text(
+            f'#!/bin/sh\nout={directory}/$$\n/bin/sh "$@" >$out 2>&1\n'
+            f'[ ! -s $out ] || {{ echo "$2"; cat $out; }} >{kept}\nrm $out\n'
+        )
+        shell.chmod(0o755)
+    try:
+        yield shell, lambda: [path.read_text(errors="replace") for path in directory.glob("mail.*")]
+    finally:
+        if own:
+            SENDMAIL.unlink()
+
+
+@contextmanager
+def tidy_when_terminated():
+    """Let SIGTERM unwind like Ctrl-C, so that no crontab, daemon or sendmail stays behind."""
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+@pytest.fixture
+def installation(tmp_path):
+    program = Path(sys.executable).with_name("batchctl")
+    config = tmp_path / "batchctl.toml"
+    config.write_text(CONFIGURATION)
+    server = EmbeddedServer(tmp_path / "state" / "postgresql", SystemClock())
+    installation = Installation(program, config, server)
+    try:
+        server.start()
+        installation.query(SOURCE)
+        subprocess.run([program, "--config", config, "migrate"], check=True, timeout=60)
+        yield installation
+    finally:
+        # A job that cron has just started would start the server again.
+        ended = wait_for(lambda: not processes_naming(config), JOBS_LIMIT)
+        server.stop()
+        assert ended, processes_naming(config)
+
+
+def test_new_events_are_aggregated_within_two_minutes_and_without_a_mail(tmp_path, request):
+    if os.geteuid() != 0:
+        skip_or_fail("only root may start cron and change root's crontab")
+    if shutil.which("cron", path=TOOLS) is None or shutil.which("crontab", path=TOOLS) is None:
+        skip_or_fail("cron is not installed (apt-get install cron)")
+    installation = request.getfixturevalue("installation")
+    mails = tmp_path / "mails"
+    mails.mkdir()
+    lines = EXAMPLE.read_text().replace(PROGRAM, str(installation.program)).replace(CONFIG, str(installation.config))
+    seen = tmp_path / "environment"
+    controls = f"* * * * * echo hello\n* * * * * env >{seen}\n"
+
+    with (
+        tidy_when_terminated(),
+        mails_of_cron(mails) as (shell, received),
+        cron_daemon(),
+        crontab_of_root(lines.replace("SHELL=/bin/sh", f"SHELL={shell}") + controls),
+    ):
+        installation.query(ARRIVE, EVENTS)
+        began = time.monotonic()
+        query = "SELECT coalesce(sum(events), 0), coalesce(sum(value_sum), 0) FROM agg_1m"
+        expected = (EVENTS, EVENTS * (EVENTS + 1) // 2)
+        arrived = wait_for(lambda: installation.query(query) == expected, LIMIT)
+        took = time.monotonic() - began
+        # The mail of a line is sent when it ends, and the last to end started with the one that was waited for.
+        wait_for(lambda: received() and not processes_naming(installation.config), 30)
+        time.sleep(1)
+        mails_received = received()
+
+    hello = [mail for mail in mails_received if "echo hello" in mail and mail.endswith("\nhello\n")]
+    assert hello, f"cron mailed nothing of a line that prints, so no mail proves nothing; {mails_received}"
+    assert [mail for mail in mails_received if mail not in hello] == []
+    assert arrived, f"after {took:.0f} s agg_1m has {installation.query(query)}"
+    assert took <= 125
+    environment = dict(re.findall(r"^(\w+)=(.*)$", seen.read_text(), re.MULTILINE))
+    assert environment["PATH"] == re.search(r"^PATH=(.*)$", EXAMPLE.read_text(), re.MULTILINE)[1]
+    assert environment["HOME"] == pwd.getpwuid(0).pw_dir
+    assert "TERM" not in environment
+    assert stat.S_IMODE((tmp_path / "state").stat().st_mode) == 0o700
