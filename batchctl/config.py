@@ -11,18 +11,22 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta, Struct
 
-DURATION_PATTERN = r"^([0-9]+d)?([0-9]+h)?([0-9]+m)?([0-9]+s)?$"
-NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
-IDENTIFIER_PATTERN = r"^[^\s/\x00-\x1f][^/\x00-\x1f]*$"
-GRAIN_PATTERN = r"^[1-9][0-9]*[smh]$"
+# `$` alone would let a final newline pass.
+DURATION_PATTERN = r"^([0-9]+d)?([0-9]+h)?([0-9]+m)?([0-9]+s)?$(?!\n)"
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$(?!\n)"
+IDENTIFIER_PATTERN = r"^[^\s/.\x00-\x1f\x7f][^/\x00-\x1f\x7f]*$(?!\n)"
+GRAIN_PATTERN = r"^[1-9][0-9]*[smh]$(?!\n)"
+SCHEMA_PATTERN = r"^(?!pg_)[^%\x00-\x1f]+$(?!\n)"
 HOUR = 3600
+LONGEST_DAYS = 3650
+SPOKEN_HOURS = 72
 
 Name = Annotated[str, Meta(pattern=NAME_PATTERN, description="letters, digits, and . _ - inside")]
 Identifier = Annotated[
-    str, Meta(pattern=IDENTIFIER_PATTERN, max_length=100, description="no slash and no control character")
+    str, Meta(pattern=IDENTIFIER_PATTERN, max_length=60, description="no slash and no control character")
 ]
 Grain = Annotated[str, Meta(pattern=GRAIN_PATTERN, description="a number and s, m or h, up to 1h: 1m, 5m, 1h")]
-Count = Annotated[int, Meta(ge=0)]
+Count = Annotated[int, Meta(ge=0, le=2_147_483_647)]
 
 
 class Duration(timedelta):
@@ -31,7 +35,9 @@ class Duration(timedelta):
     def __str__(self) -> str:
         remaining = int(self.total_seconds())
         parts = []
-        for unit, seconds in (("d", 86400), ("h", 3600), ("m", 60), ("s", 1)):
+        # Operators speak of 30h and 48h, not of 1d6h and 2d.
+        days = (("d", 86400),) if remaining % 86400 == 0 and remaining > SPOKEN_HOURS * HOUR else ()
+        for unit, seconds in (*days, ("h", HOUR), ("m", 60), ("s", 1)):
             count, remaining = divmod(remaining, seconds)
             if count:
                 parts.append(f"{count}{unit}")
@@ -51,15 +57,11 @@ def parse_duration(text: str) -> Duration:
     if not text or re.match(DURATION_PATTERN, text) is None:
         raise ValueError(f"found {text!r}, expected a duration such as 90s, 15m, 6h or 1d12h")
     amounts = {unit: int(number) for number, unit in re.findall(r"([0-9]+)([dhms])", text)}
-    try:
-        return Duration(
-            days=amounts.get("d", 0),
-            hours=amounts.get("h", 0),
-            minutes=amounts.get("m", 0),
-            seconds=amounts.get("s", 0),
-        )
-    except OverflowError:
-        raise ValueError(f"found {text!r}, expected a duration of at most some thousand years") from None
+    units = {"d": 86400, "h": HOUR, "m": 60, "s": 1}
+    seconds = sum(number * units[unit] for unit, number in amounts.items())
+    if seconds > LONGEST_DAYS * units["d"]:
+        raise ValueError(f"found {text!r}, expected a duration of at most {LONGEST_DAYS}d")
+    return Duration(seconds=seconds)
 
 
 def duration_default(text: str) -> Any:
@@ -70,9 +72,9 @@ def duration_default(text: str) -> Any:
 class Database(Struct, frozen=True, forbid_unknown_fields=True):
     """Where the state lives."""
 
-    url: str | None = None
+    url: Annotated[str, Meta(min_length=1)] | None = None
     embedded: bool = False
-    schema: Annotated[str, Meta(min_length=1, max_length=63)] = "batchctl"
+    schema: Annotated[str, Meta(pattern=SCHEMA_PATTERN, max_length=63)] = "batchctl"
 
 
 class Step(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -105,7 +107,7 @@ class Batch(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     accounts: Annotated[tuple[Identifier, ...], Meta(min_length=1)] = ("default",)
     max_parallel: Annotated[int, Meta(ge=1)] = 1
     min_gap: Duration = duration_default("6h")
-    gap_factor: Annotated[float, Meta(ge=0)] = 0
+    gap_factor: Annotated[float, Meta(ge=0, le=100)] = 0
     every: OptionalDuration = msgspec.field(default_factory=OptionalDuration)
     timeout: Duration = duration_default("30h")
     step_timeout: Duration = duration_default("5h")

@@ -15,6 +15,7 @@ from batchctl.config import (
     HOUR,
     IDENTIFIER_PATTERN,
     NAME_PATTERN,
+    SCHEMA_PATTERN,
     Batch,
     Configuration,
     Database,
@@ -34,6 +35,15 @@ if TYPE_CHECKING:
 
 FILE_NAME = "batchctl.toml"
 SYSTEM_FILE = Path("/etc") / FILE_NAME
+WORDS = {
+    "str": "a text in quotes",
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "array": "a list",
+    "object": "a table",
+}
+"""What msgspec calls things, and what TOML's users do."""
 SYSTEM_STATE_DIRECTORY = Path("/var/lib/batchctl")
 
 
@@ -58,7 +68,7 @@ def find_file(option: Path | None, environment: Mapping[str, str]) -> Path:
     """
     named = option or (Path(environment["BATCHCTL_CONFIG"]) if environment.get("BATCHCTL_CONFIG") else None)
     if named is not None:
-        if not named.is_file():
+        if not _is_file(named, refuse=True):
             raise ConfigurationError(
                 f"{named}: no such configuration file; `batchctl init --config {named}` writes one"
             )
@@ -67,12 +77,22 @@ def find_file(option: Path | None, environment: Mapping[str, str]) -> Path:
     homes = [] if os.geteuid() == 0 and not Path("/root").exists() else [home_directory() / ".config/batchctl"]
     places = [Path(FILE_NAME), *(home / FILE_NAME for home in homes), SYSTEM_FILE]
     for place in places:
-        if place.is_file():
+        if _is_file(place, refuse=False):
             return place
     raise ConfigurationError(
         f"no configuration file: looked for {', '.join(str(place) for place in places)}; "
         "`batchctl init` writes a starter, --config or $BATCHCTL_CONFIG names another"
     )
+
+
+def _is_file(path: Path, *, refuse: bool) -> bool:
+    try:
+        return path.is_file()
+    except OSError as error:
+        # Somebody else's directory is passed over in a search, as if it were empty.
+        if refuse:
+            raise ConfigurationError(f"{path}: cannot be read: {error.strerror}") from error
+        return False
 
 
 def load(path: Path, environment: Mapping[str, str]) -> Configuration:
@@ -197,6 +217,9 @@ class _Reader:
             self.refuse(f"{key_path}.group.{name}", f"no step has this group; expected one of {_choices(batch.groups)}")
         for number, step in enumerate(decoded):
             self.positive(f"{key_path}.step[{number}].timeout", step.timeout)
+            for name in step.env:
+                if not name or "=" in name:
+                    self.refuse(f"{key_path}.step[{number}].env", f"found the name {name!r}, expected one without =")
             for text in (*step.command, *step.env, *step.env.values()):
                 if "\0" in text:
                     self.refuse(f"{key_path}.step[{number}]", "found a NUL character, which no command can be given")
@@ -294,10 +317,14 @@ def _explain(problem: str, raw: Any, inner: str, kind: type) -> str:
     if missing := re.match(r"Object missing required field `(\w+)`", problem):
         return f"the key {missing[1]!r} is required and missing"
     expected = re.sub(r"^Expected ", "", problem).partition(", got")[0].replace("`", "")
+    expected = expected.replace(" | null", "")
+    for word, meant in WORDS.items():
+        expected = re.sub(rf"\b{word}\b", meant, expected)
     for pattern, text in (
         (NAME_PATTERN, "a name of letters, digits, and . _ - inside"),
         (IDENTIFIER_PATTERN, "a text without slash or control character"),
         (GRAIN_PATTERN, "a grain such as 1m, 5m or 1h"),
+        (SCHEMA_PATTERN, "a name without % that does not begin with pg_"),
     ):
         if repr(pattern) in expected or pattern in expected:
             expected = text

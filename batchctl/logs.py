@@ -96,7 +96,7 @@ class StandardError(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         # Nobody may be reading any more.
-        with suppress(OSError, ValueError):
+        with suppress(OSError, ValueError, AttributeError):
             sys.stderr.write(f"{self.format(record)}\n")
             sys.stderr.flush()
 

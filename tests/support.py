@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+PROGRAM = Path(sys.executable).with_name("batchctl")
 REQUIRE_ALL = os.environ.get("BATCHCTL_REQUIRE_ALL") == "1"
 
 
@@ -70,7 +71,7 @@ class Command:
     def start(self, *arguments: str, **options) -> subprocess.Popen:
         """Start a command and leave it running."""
         return subprocess.Popen(
-            [str(Path(sys.executable).with_name("batchctl")), "--config", str(self.config), *arguments],
+            [str(PROGRAM), "--config", str(self.config), *arguments],
             **{
                 "stdin": subprocess.DEVNULL,
                 "stdout": subprocess.PIPE,

@@ -11,22 +11,27 @@ from batchctl.batch.result import HolderShown
 from batchctl.config import Duration
 from batchctl.guard.gap import Refusal, earliest_start, gap_rule, job_hours, refused
 from batchctl.guard.identity import ProcessIdentity
-from batchctl.guard.liveness import Recorded, find_orphans
+from batchctl.guard.liveness import Orphan, Recorded, find_orphans
 from batchctl.logs import elapsed, shown
 from batchctl.schedule.cron import inside_hours, next_inside_hours
 
 if TYPE_CHECKING:
     import logging
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
     from contextlib import AbstractContextManager
 
     from batchctl.batch.plan import Plan
+    from batchctl.batch.process import Interruption
     from batchctl.clock import Clock
     from batchctl.config import Batch, Configuration
     from batchctl.guard.lock import Holder
     from batchctl.state.host import Host
     from batchctl.state.journal import Journal
     from batchctl.state.store import ClaimRequest, JobState, LiveRun, Store
+
+
+CLAIM_MARGIN = timedelta(seconds=60)
+"""What a run may still need behind its deadline and grace: to end what is left, and to record it."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,10 @@ class Skip:
     message: str
     next_eligible_at: datetime | None = None
     holder: HolderShown | None = None
+    orphans: tuple[Orphan, ...] = ()
+
+
+INTERRUPTED = Skip("stopped", "A signal came before the run could start")
 
 
 @dataclass(frozen=True)
@@ -109,20 +118,24 @@ class Guards:
             )
             for row in store.unfinished(self.plan.batch, host.host_id)
         ]
-        orphans = find_orphans(self.configuration.state_dir, self.plan.batch, recorded)
+        orphans = tuple(find_orphans(self.configuration.state_dir, self.plan.batch, recorded))
+        # What a run left that has an end was left on purpose; what a dead run left is its unfinished work.
+        unfinished = {record.run_id for record in recorded}
+        kept = [orphan for orphan in orphans if orphan.run_id not in unfinished]
+        if kept and self.batch.leftovers == "ignore":
+            self.log.warning("An earlier run left processes alive, ignored as configured: %s", listed(kept))
+            orphans = tuple(orphan for orphan in orphans if orphan.run_id in unfinished)
         if not orphans:
             return None
         live = store.live(self.plan.batch)
         if live is not None and any(orphan.what == "batchctl" and orphan.pid == live.pid for orphan in orphans):
             # Somebody removed the lock file under the holder.
             return self._in_progress("running", _shown_holder(live))
-        listed = "; ".join(f"pid {orphan.pid or '?'}, {orphan.what}" for orphan in orphans)
-        if self.batch.leftovers == "ignore":
-            self.log.warning("An earlier run left processes alive, ignored as configured: %s", listed)
-            return None
-        return Skip("orphans", f"An earlier run left processes alive: {listed}. Skipped.")
+        return Skip("orphans", f"An earlier run left processes alive: {listed(orphans)}. Skipped.", orphans=orphans)
 
-    def claim(self, store: Store, state: State, run_id: str, process: ProcessIdentity) -> Skip | datetime:
+    def claim(
+        self, store: Store, state: State, run_id: str, process: ProcessIdentity, interruption: Interruption
+    ) -> Skip | datetime:
         claim = store.claim(
             state.request(
                 run_id=run_id,
@@ -133,11 +146,11 @@ class Guards:
                 host=state.host.host_id,
                 hostname=state.host.hostname,
                 process=process,
-                claim=self.batch.timeout + self.batch.grace,
+                claim=self.batch.timeout + self.batch.grace + CLAIM_MARGIN,
                 whole=self.plan.whole,
                 config_hash=hashlib.sha256(repr(self.batch).encode()).hexdigest()[:16],
             ),
-            self._decide,
+            lambda job: INTERRUPTED if interruption.count else self._decide(job),
         )
         for crashed in claim.crashed:
             self.log.warning("Run %s died without an end; it is closed as crashed", crashed)
@@ -154,7 +167,7 @@ class Guards:
         if not self.batch.enabled:
             return Skip("disabled", "Disabled in the configuration. Skipped.")
         if job.paused:
-            return Skip("paused", f"Paused. Skipped; `batchctl unpause {self.plan.job}` lifts it.")
+            return Skip("paused", "Paused. Skipped.")
         hours = job_hours(self.batch, self.group)
         if not inside_hours(hours, job.now, self.zone):
             first = next_inside_hours(hours, job.now, self.zone)
@@ -182,6 +195,11 @@ class Guards:
             last_started_at=started,
             estimate=estimate,
         )
+
+
+def listed(orphans: Iterable[Orphan]) -> str:
+    """Name processes for people."""
+    return "; ".join(f"pid {orphan.pid or '?'}, {orphan.what}" for orphan in orphans)
 
 
 def _shown_holder(live: LiveRun) -> HolderShown:

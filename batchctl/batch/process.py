@@ -208,10 +208,15 @@ def run_child(
     """
     try:
         child = Child(command, interruption)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         name = command.arguments[0]
-        codes = {FileNotFoundError: COMMAND_NOT_FOUND, PermissionError: COMMAND_NOT_EXECUTABLE}
-        return Ending("failed", codes.get(type(error)), None, f"cannot start {name!r}: {error.strerror}")
+        codes: dict[type[Exception], int] = {
+            FileNotFoundError: COMMAND_NOT_FOUND,
+            PermissionError: COMMAND_NOT_EXECUTABLE,
+        }
+        return Ending(
+            "failed", codes.get(type(error)), None, f"cannot start {name!r}: {getattr(error, 'strerror', error)}"
+        )
     began = clock.monotonic()
     started(child)
     seconds, what = min(timeouts)

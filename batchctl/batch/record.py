@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     import logging
     from collections.abc import Callable, Mapping
     from contextlib import AbstractContextManager
+    from datetime import datetime
 
-    from batchctl.clock import Clock
     from batchctl.state.journal import Journal
     from batchctl.state.store import Store
 
@@ -58,18 +58,18 @@ class Recorder:
         self,
         connect: Callable[..., AbstractContextManager[Store]],
         journal: Journal,
-        clock: Clock,
+        now: Callable[[], datetime],
         log: logging.Logger,
     ) -> None:
         self._connect = connect
         self._journal = journal
-        self._clock = clock
+        self._now = now
         self._log = log
         self._guard = threading.Lock()
 
     def write(self, name: str, values: Mapping[str, Any]) -> Any:
         """Record something now, or in the journal if the database is away; return the record's row if it has one."""
-        at = self._clock.now()
+        at = self._now()
         with self._guard:
             try:
                 return within(WRITE_LIMIT_SECONDS, lambda: self._write(name, values))

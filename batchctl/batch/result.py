@@ -10,6 +10,8 @@ from batchctl.errors import ExitCode
 if TYPE_CHECKING:
     from datetime import datetime
 
+    from batchctl.guard.liveness import Orphan
+
 
 @dataclass(frozen=True)
 class StepResult:
@@ -55,6 +57,7 @@ class RunResult:
     steps: tuple[StepResult, ...] = ()
     message: str = ""
     signal: int | None = None
+    orphans: tuple[Orphan, ...] = ()
 
     @property
     def exit_code(self) -> int:

@@ -76,6 +76,7 @@ class Runner:
         self._watch = watch
         self._guard = threading.Lock()
         self._stopped_by_policy = False
+        self._cut_off = False
         self._results = {
             (step.account, step.step): StepResult(step.account, step.step, step.group, step.quantity)
             for step in plan.steps
@@ -94,7 +95,7 @@ class Runner:
         outcomes = [result.outcome for result in self._results.values()]
         if self._interruption.count:
             return "stopped"
-        if self._past_deadline() and any(outcome in ("not_run", "timeout") for outcome in outcomes):
+        if self._cut_off:
             return "timeout"
         if all(outcome == "success" for outcome in outcomes):
             return "success"
@@ -123,10 +124,10 @@ class Runner:
                     future.result()
 
     def _may_go_on(self) -> bool:
-        return not (self._interruption.count or self._stopped_by_policy or self._past_deadline())
-
-    def _past_deadline(self) -> bool:
-        return self._clock.monotonic() >= self._setting.deadline
+        """Tell whether something that is still to be done may be begun."""
+        if self._clock.monotonic() >= self._setting.deadline:
+            self._cut_off = True
+        return not (self._interruption.count or self._stopped_by_policy or self._cut_off)
 
     def _run_step(self, step: PlannedStep) -> None:
         began = self._clock.monotonic()
@@ -136,6 +137,8 @@ class Runner:
                 break
             ending = self._attempt(step, attempt)
             self._note(step, ending, attempt, self._clock.monotonic() - began)
+            if ending.outcome == "timeout" and self._clock.monotonic() >= self._setting.deadline:
+                self._cut_off = True
             if ending.outcome in ("success", "stopped") or attempt > step.retries:
                 break
             delay = min(RETRY_SECONDS * 2 ** (attempt - 1), RETRY_LONGEST_SECONDS)
@@ -160,7 +163,7 @@ class Runner:
 
     def _attempt(self, step: PlannedStep, attempt: int) -> Ending:
         setting = self._setting
-        log_path = setting.log_dir / f"{step.account}.{step.step}.log"
+        log_path = setting.log_dir / step.account / f"{step.step}.log"
         key = {"run_id": setting.run_id, "account": step.account, "step": step.step, "attempt": attempt}
         known = {"group": step.group, "quantity": step.quantity, "log": str(log_path)}
         began = self._clock.monotonic()
@@ -171,7 +174,7 @@ class Runner:
             )
 
         self._update(step, attempts=attempt, log=str(log_path), running=True)
-        private_directory(setting.log_dir)
+        private_directory(log_path.parent)
         ending = run_child(
             Command(
                 arguments=[

@@ -9,24 +9,26 @@ import socket
 import threading
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
-from batchctl.batch.guards import Guards, Skip
+from batchctl.batch.guards import INTERRUPTED, Guards, Skip, listed
 from batchctl.batch.process import Interruption
 from batchctl.batch.record import Recorder, within
 from batchctl.batch.result import RunResult, StepResult
 from batchctl.batch.runner import Runner, RunSetting
 from batchctl.errors import BatchctlError
 from batchctl.guard.identity import ProcessIdentity, identify
-from batchctl.guard.liveness import RunLock
+from batchctl.guard.liveness import Orphan, RunLock, marked_processes
 from batchctl.guard.lock import Holder, acquire, lock_path, read_holder
 from batchctl.logs import elapsed, shown
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
-    from datetime import datetime
 
     from batchctl.batch.guards import State
+    from batchctl.clock import Clock
+    from batchctl.state.store import Store
 
 PATIENCE_SECONDS = 4.0
 """How long a start that comes once a day waits for a database that restarts just then."""
@@ -73,31 +75,60 @@ class Start:
         run_id = new_run_id(self.guards.clock.now())
         with _handled_signals() as interruption:
             with state.connect(patience=PATIENCE_SECONDS) as store:
-                claimed = self.guards.alive(store, state.host) or self.guards.claim(store, state, run_id, process)
-                if isinstance(claimed, Skip):
-                    store.record_skip(self.guards.plan.job, claimed.reason, claimed.message)
+                claimed = self._claim(store, state, run_id, process, interruption)
+                if isinstance(claimed, Skip) and claimed is not INTERRUPTED:
+                    self._record_skip(store, state, claimed)
+            if claimed is INTERRUPTED:
+                return self._result("stopped", message=INTERRUPTED.message, signal=interruption.signal)
             if isinstance(claimed, Skip):
                 return self._skipped(claimed)
             # The session has ended: none stays open while a step runs.
             return self._run(state, run_id, claimed, interruption)
 
+    def _claim(
+        self, store: Store, state: State, run_id: str, process: ProcessIdentity, interruption: Interruption
+    ) -> Skip | Claimed:
+        skip = self.guards.alive(store, state.host)
+        if skip is not None:
+            return skip
+        # Made before the claim, so that what a full disk prevents is not claimed.
+        run_lock = RunLock(self.guards.configuration.state_dir, self.guards.plan.batch, run_id)
+        claimed: Skip | datetime | None = None
+        try:
+            claimed = self.guards.claim(store, state, run_id, process, interruption)
+        finally:
+            if not isinstance(claimed, datetime):
+                run_lock.release()
+        if isinstance(claimed, Skip):
+            return claimed
+        return Claimed(claimed, self.guards.clock.monotonic(), run_lock)
+
+    def _result(self, outcome: str, **values: Any) -> RunResult:
+        return RunResult(self.guards.plan.batch, self.guards.group, outcome, **values)
+
     def _skipped(self, skip: Skip) -> RunResult:
         self.guards.log.warning(skip.message)
-        return RunResult(
-            self.guards.plan.batch,
-            self.guards.group,
+        return self._result(
             "skipped",
             reason=skip.reason,
             next_eligible_at=skip.next_eligible_at,
             holder=skip.holder,
+            orphans=skip.orphans,
             message=skip.message,
         )
+
+    def _record_skip(self, store: Store, state: State, skip: Skip) -> None:
+        try:
+            store.record_skip(self.guards.plan.job, skip.reason, skip.message)
+        except BatchctlError:
+            # Decided is decided, also if the database goes away just then.
+            with suppress(BatchctlError):
+                state.journal.append("skip", self._skip_values(skip))
 
     def _record_late(self, skip: Skip) -> None:
         """Record a skip that the lock decided, without waiting for a slow or dead database."""
         # With its own time, so that a record that is given up and yet arrives is not made twice.
-        values = {"job": self.guards.plan.job, "reason": skip.reason, "detail": skip.message}
-        values |= {"at": self.guards.clock.now().isoformat()}
+        values = self._skip_values(skip)
 
         def record() -> None:
             with state.connect(limit=SKIP_LIMIT_SECONDS, start_server=False) as store:
@@ -111,54 +142,57 @@ class Start:
             except BatchctlError:
                 state.journal.append("skip", values)
 
-    def _run(self, state: State, run_id: str, started_at: datetime, interruption: Interruption) -> RunResult:
-        log, batch = self.guards.log, self.guards.batch
-        began = self.guards.clock.monotonic()
-        run_lock = RunLock(self.guards.configuration.state_dir, self.guards.plan.batch, run_id)
-        log.info("Run started: %s", shown(started_at, self.guards.zone))
-        quantities = {step.step: step.quantity for step in self.guards.plan.steps}
-        log.info("Steps: %s", ", ".join(f"{step}={quantity}" for step, quantity in quantities.items()))
-        recorder = Recorder(state.connect, state.journal, self.guards.clock, log)
-        runner = Runner(
-            self.guards.plan,
-            RunSetting(
-                batch=batch,
-                run_id=run_id,
-                directory=self.guards.configuration.directory,
-                log_dir=self.guards.configuration.log_dir / self.guards.plan.batch / run_id,
-                lock_descriptor=run_lock.descriptor,
-                deadline=began + batch.timeout.total_seconds(),
-                deadline_at=started_at + batch.timeout,
-                environment=self.environment,
-            ),
-            recorder=recorder,
-            clock=self.guards.clock,
-            interruption=interruption,
-            log=log,
-            watch=self.watch,
-        )
+    def _skip_values(self, skip: Skip) -> dict[str, Any]:
+        at = self.guards.clock.now().isoformat()
+        return {"job": self.guards.plan.job, "reason": skip.reason, "detail": skip.message, "at": at}
+
+    def _run(self, state: State, run_id: str, claimed: Claimed, interruption: Interruption) -> RunResult:
+        guards, log = self.guards, self.guards.log
+        recorder = Recorder(state.connect, state.journal, lambda: claimed.now(guards.clock), log)
         outcome: str = "failed"
-        reason: str | None = "a bug in batchctl ended the run"
+        reason: str | None = None
         try:
+            log.info("Run started: %s", shown(claimed.started_at, guards.zone))
+            quantities = {step.step: step.quantity for step in guards.plan.steps}
+            log.info("Steps: %s", ", ".join(f"{step}={quantity}" for step, quantity in quantities.items()))
+            runner = Runner(
+                guards.plan,
+                RunSetting(
+                    batch=guards.batch,
+                    run_id=run_id,
+                    directory=guards.configuration.directory,
+                    log_dir=guards.configuration.log_dir / guards.plan.batch / run_id,
+                    lock_descriptor=claimed.run_lock.descriptor,
+                    deadline=claimed.began + guards.batch.timeout.total_seconds(),
+                    deadline_at=claimed.started_at + guards.batch.timeout,
+                    environment=self.environment,
+                ),
+                recorder=recorder,
+                clock=guards.clock,
+                interruption=interruption,
+                log=log,
+                watch=self.watch,
+            )
             steps = runner.run()
             outcome, reason = runner.outcome(), runner.reason()
+        except BaseException as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise
         finally:
-            duration = self.guards.clock.monotonic() - began
+            # Whatever happened, a claim never outlives its run.
+            duration = guards.clock.monotonic() - claimed.began
             ended: dict[str, Any] = {"run_id": run_id, "outcome": outcome, "reason": reason}
-            row = recorder.write("run_finished", {**ended, "jobs": list(self.guards.plan.jobs)})
-            if run_lock.release():
-                log.warning("The run left processes alive; the next start %s them", _POLICY[batch.leftovers])
+            row = recorder.write("run_finished", {**ended, "jobs": list(guards.plan.jobs)})
+            self._name_leftovers(run_id, claimed.run_lock)
             level = log.info if outcome == "success" else log.error
             level("Run finished: %s in %s", outcome, elapsed(duration))
-        finished_at = row.finished_at if row else self.guards.clock.now()
-        refusal = self.guards.refusal(finished_at, started_at, duration)
-        return RunResult(
-            self.guards.plan.batch,
-            self.guards.group,
+        finished_at = row.finished_at if row else claimed.now(guards.clock)
+        refusal = guards.refusal(finished_at, claimed.started_at, self._estimate(state, duration))
+        return self._result(
             outcome,
             reason=reason,
             run_id=run_id,
-            started_at=started_at,
+            started_at=claimed.started_at,
             finished_at=finished_at,
             duration_seconds=round(duration, 3),
             next_eligible_at=refusal.next_eligible_at if refusal else None,
@@ -167,8 +201,45 @@ class Start:
             signal=interruption.signal,
         )
 
+    def _name_leftovers(self, run_id: str, run_lock: RunLock) -> None:
+        if run_lock.release():
+            left = [Orphan(run_id, pid, what) for pid, run_id, what in marked_processes([run_id])]
+            policy = "is skipped because of" if self.guards.batch.leftovers == "skip" else "ignores"
+            self.guards.log.warning(
+                "The run left processes alive, the next start %s them: %s", policy, listed(left) or "they are hidden"
+            )
 
-_POLICY = {"skip": "is skipped because of", "ignore": "ignores"}
+    def _estimate(self, state: State, duration: float) -> float:
+        if not self.guards.batch.gap_factor:
+            return duration  # which decides nothing then
+
+        def ask() -> float | None:
+            with state.connect(limit=SKIP_LIMIT_SECONDS) as store:
+                return store.estimate_seconds(self.guards.plan.job)
+
+        try:
+            return within(SKIP_LIMIT_SECONDS, ask) or self.guards.batch.timeout.total_seconds()
+        except BatchctlError:
+            return duration
+
+
+@dataclass(frozen=True)
+class Claimed:
+    """A claim that is ours.
+
+    Args:
+        started_at: When, by the database's clock.
+        began: The same by the monotonic clock.
+        run_lock: What the steps inherit.
+    """
+
+    started_at: datetime
+    began: float
+    run_lock: RunLock
+
+    def now(self, clock: Clock) -> datetime:
+        """Return the time by the database's clock without asking it; the host's own may be wrong."""
+        return self.started_at + timedelta(seconds=clock.monotonic() - self.began)
 
 
 def new_run_id(now: datetime) -> str:

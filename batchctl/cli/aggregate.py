@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import functools
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from batchctl.cli.app import command
 from batchctl.cli.run_batch import Json, SkipExitCode
 from batchctl.cli.session import Session
-from batchctl.errors import UsageError
+from batchctl.errors import ConfigurationError, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from batchctl.state.store import Store
 
 
 @command("aggregate")
@@ -34,6 +41,8 @@ def aggregate(
 
     if rebuild != (start is not None and end is not None) or (start is None) != (end is None):
         raise UsageError("--rebuild, --from and --to go together: --rebuild --from 2026-01-31 --to 2026-02-01")
+    if rebuild and dry_run:
+        raise UsageError("--dry-run counts what is queued and queues nothing: without --rebuild, please")
     span = None
     if start is not None and end is not None:
         span = Rebuild(instant(session, "--from", start), instant(session, "--to", end))
@@ -46,7 +55,7 @@ def aggregate(
         zone=session.zone,
         clock=session.clock,
         logger=session.logger,
-        connect=session.connect,
+        connect=functools.partial(_look, session) if dry_run else session.connect,
         rebuild=span,
     )
     if dry_run:
@@ -54,4 +63,17 @@ def aggregate(
         return 0
     results = call.run()
     render.grain_results(results, json=json, shown=session.shows_results and session.verbosity == 0)
-    return exit_code(results, skip_exit_code)
+    return exit_code(results, skip_exit_code, misconfigured=call.misconfigured)
+
+
+@contextmanager
+def _look(session: Session) -> Iterator[Store]:
+    """Open a store that makes no schema and records nothing."""
+    from batchctl.state.migrate import require_schema, schema_version
+    from batchctl.state.store import Store
+
+    with session.database.connect() as connection:
+        if schema_version(connection) is None:
+            raise ConfigurationError(f"{session.database.place} has no schema of batchctl yet; run `batchctl migrate`")
+        require_schema(connection)
+        yield Store(connection)

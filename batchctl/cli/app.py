@@ -123,10 +123,11 @@ session = Session()
 def main() -> NoReturn:
     """Run the command that the arguments name, and turn every error into one line and an exit code."""
     # Ctrl-C ends a command at once and silently; run-batch handles it itself once it has something to end.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     for stream in (sys.stdout, sys.stderr):
         # Cron's locale is often ASCII, and a message must not fail for one character.
-        if hasattr(stream, "reconfigure"):
+        if stream is not None and hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     _register(sys.argv[1:])
     try:
@@ -146,7 +147,7 @@ def _complain(message: str) -> None:
     line = " ".join(message.split())
     if session.log is not None:
         session.log.error(line)
-    else:
+    elif sys.stderr is not None:
         sys.stderr.write(f"batchctl: {line}\n")
 
 

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
+from batchctl.cli.terminal import on_terminal, write
 from batchctl.logs import elapsed, rfc3339, shown
 
 if TYPE_CHECKING:
@@ -33,18 +34,17 @@ def document(content: dict[str, Any]) -> None:
             return rfc3339(value)
         raise TypeError(type(value).__name__)
 
-    sys.stdout.write(json_module.dumps({"version": 1, **content}, default=encode, ensure_ascii=False) + "\n")
+    write(json_module.dumps({"version": 1, **content}, default=encode, ensure_ascii=False) + "\n")
 
 
 def line(text: str) -> None:
     """Print a plain line, at once: who reads a pipe of a long command sees how far it is."""
-    sys.stdout.write(f"{text}\n")
-    sys.stdout.flush()
+    write(f"{text}\n")
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print rows under headings: with rich on a terminal, aligned text elsewhere."""
-    if sys.stdout.isatty():
+    if on_terminal():
         from rich.console import Console
         from rich.table import Table
 
@@ -81,7 +81,9 @@ def run_result(result: RunResult, *, json: bool, shown: bool) -> None:
             "next_eligible_at",
         )  # fmt: skip
         steps = [{key: getattr(step, key) for key in STEP_KEYS} for step in result.steps]
-        document({**{key: getattr(result, key) for key in keys}, "holder": holder, "steps": steps})
+        orphans = [orphan._asdict() for orphan in result.orphans]
+        values = {key: getattr(result, key) for key in keys}
+        document({**values, "holder": holder, "steps": steps, "detail": result.message, "orphans": orphans})
     elif shown:
         line(result.message)
 
@@ -89,7 +91,7 @@ def run_result(result: RunResult, *, json: bool, shown: bool) -> None:
 @contextmanager
 def run_view(planned: Plan, *, shown: bool) -> Iterator[Callable[[StepResult], None]]:
     """Show the steps of a run as they go, on a terminal; elsewhere show nothing."""
-    if not (shown and sys.stdout.isatty()):
+    if not (shown and on_terminal()):
         yield lambda _: None
         return
     from batchctl.cli.live import LiveRun
@@ -104,21 +106,21 @@ def run_view(planned: Plan, *, shown: bool) -> Iterator[Callable[[StepResult], N
 def history(entries: Sequence[Any], *, zone: tzinfo, json: bool) -> None:
     """Print what ran and what was skipped."""
     if json:
-        keys = ("kind", "job", "at", "outcome", "reason", "run_id", "duration_seconds", "count")
+        keys = ("kind", "job", "at", "outcome", "reason", "run_id", "duration_seconds", "detail", "count")
         document({"entries": [{key: getattr(entry, key) for key in keys} for entry in entries]})
         return
     rows = [
         (
             shown(entry.at, zone),
             entry.job,
-            entry.outcome,
+            entry.outcome or "no end yet",
             "" if entry.duration_seconds is None else elapsed(entry.duration_seconds),
-            (entry.reason or "") + (f" ({entry.count} times)" if entry.count > 1 else ""),
             entry.run_id or "",
+            (entry.detail or entry.reason or "") + (f" ({entry.count} times)" if entry.count > 1 else ""),
         )
         for entry in entries
     ]
-    table(("at", "job", "outcome", "duration", "reason", "run"), rows)
+    table(("at", "job", "outcome", "duration", "run", "why"), rows)
 
 
 def status(statuses: Sequence[JobStatus], *, zone: tzinfo, json: bool) -> None:

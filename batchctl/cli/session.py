@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import functools
 import os
-import sys
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from batchctl.cli.terminal import on_terminal
 from batchctl.clock import SystemClock
 from batchctl.errors import UsageError
 
@@ -87,7 +87,7 @@ class Session:
         """Name the journal of the database."""
         from batchctl.state.journal import Journal
 
-        return Journal(self.configuration.state_dir, self.database)
+        return Journal(self.configuration.state_dir, self.database, self.clock)
 
     def connect(self, **options: Any) -> AbstractContextManager[Store]:
         """Open a store for a block."""
@@ -131,4 +131,4 @@ class Session:
     @property
     def shows_results(self) -> bool:
         """Tell whether a command that did its work says so: on a terminal or with -v, unless -q."""
-        return self.verbosity > 0 or (self.verbosity == 0 and sys.stdout.isatty())
+        return self.verbosity > 0 or (self.verbosity == 0 and on_terminal())

@@ -182,7 +182,11 @@ class JobReader:
     def _next(self, job: _Job, after: datetime) -> NextStart:
         row = self._rows.get(job.name)
         status = self._status(job)
+        # Groups and the whole batch share the accounts, so whatever runs of the batch is in the way.
         running = self._running(job, row)
+        if running is None and job.group is not None:
+            top = job.name.partition("/")[0]
+            running = self._running(job._replace(name=top, group=None), self._rows.get(top))
         guards = tuple(self._answers(job, status, running, after))
         lifted_by_hand = not job.enabled or status.state == "paused"
         earliest = after if status.next_eligible_at is None else max(after, status.next_eligible_at)
@@ -210,7 +214,7 @@ class JobReader:
         else:
             yield GuardAnswer("lock", True, None, "free")
         if status.state == "paused":
-            yield GuardAnswer("paused", False, None, f"paused; `batchctl unpause {job.name}` lifts it")
+            yield GuardAnswer("paused", False, None, "paused")
         eligible = status.next_eligible_at
         if job.batch is not None and eligible is not None:
             estimated = " (an estimate: the run in progress is taken to end after the median time)" if running else ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from datetime import UTC, datetime, timedelta, tzinfo
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,15 +28,23 @@ def next_time(expression: str, after: datetime, zone: tzinfo) -> datetime | None
 
 def inside_hours(hours: str, now: datetime, zone: tzinfo) -> bool:
     """Tell whether an instant lies in the hours (cron's hour field, local); no hours means always."""
-    if not hours:
-        return True
-    minute = now.astimezone(zone).replace(second=0, microsecond=0)
-    return next_time(f"* {hours} * * *", minute - timedelta(minutes=1), zone) == minute.astimezone(UTC)
+    return not hours or now.astimezone(zone).hour in hours_of_day(hours)
 
 
 def next_inside_hours(hours: str, after: datetime, zone: tzinfo) -> datetime:
     """Return the first minute inside the hours after an instant."""
-    return next_time(f"* {hours or '*'} * * *", after, zone) or after
+    minute = after.astimezone(UTC).replace(second=0, microsecond=0) + timedelta(minutes=1)
+    # Every zone is a multiple of a quarter of an hour away from UTC, so its hours begin at one.
+    while not inside_hours(hours, minute, zone):
+        minute += timedelta(minutes=15 - minute.minute % 15)
+    return minute
+
+
+def hours_of_day(hours: str) -> frozenset[int]:
+    """Return the hours that cron's hour field stands for; a repeated or missing hour changes nothing about them."""
+    midnight = datetime(2024, 1, 1, tzinfo=UTC)
+    times = CronSim(f"0 {hours} * * *", midnight - timedelta(minutes=1))
+    return frozenset(time.hour for time in takewhile(lambda time: time.date() == midnight.date(), times))
 
 
 def problem(expression: str) -> str | None:

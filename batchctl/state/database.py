@@ -26,18 +26,28 @@ if TYPE_CHECKING:
 __all__ = ["Database", "Session", "open_database", "sql"]
 
 CONNECT_SECONDS = 4
+LEADING_ELSEWHERE = {"PGHOST", "PGHOSTADDR", "PGPORT", "PGDATABASE", "PGUSER", "PGSERVICE", "PGOPTIONS"}
 UNDEFINED = {"42P01", "3F000", "42703"}
 """SQLSTATE of a missing table, schema or column."""
+PASSING = {"25006", "40001", "40P01", "55P03", "57014"}
+"""SQLSTATE of a standby that cannot write, a serialization failure, a deadlock, a lock or statement timeout."""
+LASTING = ("22", "23")
+"""Classes of SQLSTATE that the same statement will meet again: wrong data, a violated constraint."""
 
 # A client that vanished must not keep locks, and a server that vanished must not keep the client.
 CONNECTION_DEFAULTS: Mapping[str, Any] = {
     "application_name": "batchctl",
+    "client_encoding": "UTF8",
     "connect_timeout": CONNECT_SECONDS,
     "keepalives_idle": 30,
     "keepalives_interval": 10,
     "keepalives_count": 3,
     "tcp_user_timeout": 60_000,
 }
+
+
+class WrongDataError(DatabaseRefusedError):
+    """The server will never take these values."""
 
 
 class MissingObjectError(DatabaseRefusedError):
@@ -72,7 +82,9 @@ class Session:
         A percent sign in the statement is a parameter's only if parameters are given.
         """
         try:
-            cursor = self.connection.execute(statement, parameters)
+            # In binary an instant is the same whatever DateStyle and TimeZone the role or the database has set;
+            # without parameters a statement may be several, which only the text protocol takes.
+            cursor = self.connection.execute(statement, parameters, binary=parameters is not None)
             return cursor.fetchall() if cursor.description else []
         except psycopg.Error as error:
             raise _translate(error, self._place) from error
@@ -124,7 +136,7 @@ class Database:
         Args:
             start_server: False to do without a server that is down rather than to wait for its start.
             patience: Seconds during which a refused connection is tried again (a server that restarts).
-            limit: Seconds that connecting, and each statement, may take; for records that are not worth a wait.
+            limit: Seconds that connecting may take, if not the usual ones.
 
         Raises:
             DatabaseUnavailableError: the server cannot be reached, or was lost in the middle.
@@ -133,10 +145,7 @@ class Database:
         """
         try:
             with self._open(patience, limit, start_server=start_server) as connection:
-                session = Session(connection, self.schema, self.place)
-                if limit is not None:
-                    session.run(sql.SQL("SET statement_timeout = {}").format(sql.Literal(int(limit * 1000))))
-                yield session
+                yield Session(connection, self.schema, self.place)
         except psycopg.Error as error:
             raise _translate(error, self.place) from error
 
@@ -159,7 +168,11 @@ class Database:
 
     def _connect(self, parameters: dict[str, Any]) -> psycopg.Connection[Any]:
         # Statements are never prepared: a transaction pooler gives each transaction another server session.
-        return psycopg.connect(**parameters, autocommit=True, prepare_threshold=None, row_factory=namedtuple_row)
+        connection = psycopg.connect(**parameters, autocommit=True, prepare_threshold=None, row_factory=namedtuple_row)
+        # The claim and the refresh count on seeing what others have committed, whatever the role's default is.
+        connection.isolation_level = psycopg.IsolationLevel.READ_COMMITTED
+        connection.read_only = False
+        return connection
 
 
 def open_database(configuration: Configuration, clock: Clock) -> Database:
@@ -168,26 +181,38 @@ def open_database(configuration: Configuration, clock: Clock) -> Database:
     Raises:
         ConfigurationError: the URL is not one that libpq understands.
     """
+    # What decides which state is used must not depend on an environment that cron does not have. Passwords, their
+    # files, and certificates may still come from there, as libpq has it.
+    for name in LEADING_ELSEWHERE & os.environ.keys():
+        del os.environ[name]
     chosen = configuration.database
-    if chosen.url is None:
-        from batchctl.state.embedded import EmbeddedServer  # noqa: PLC0415 - only where there is no other database
+    if chosen.url is not None:
+        return Database(_url_parameters(chosen.url), chosen.schema, clock)
+    from batchctl.state.embedded import EmbeddedServer  # noqa: PLC0415 - only where there is no other database
 
-        server = EmbeddedServer(configuration.state_dir / "postgresql", clock)
-        # libpq must not be led elsewhere by variables that are meant for another database.
-        for name in [name for name in os.environ if name.startswith("PG")]:
-            del os.environ[name]
-        # The role and our schema share a name, so "$user" in the search path would put the user's tables among ours.
-        own: dict[str, Any] = {**server.connection_parameters(), "options": "-c search_path=public"}
-        return Database(own, chosen.schema, clock, server)
+    server = EmbeddedServer(configuration.state_dir / "postgresql", clock)
+    # The role and our schema share a name, so "$user" in the search path would put the user's tables among ours.
+    own: dict[str, Any] = {**server.connection_parameters(), "options": "-c search_path=public"}
+    return Database(own, chosen.schema, clock, server)
+
+
+def _url_parameters(url: str) -> dict[str, Any]:
+    # Neither libpq's message nor the text itself is shown: a password may stand anywhere in it.
+    wrong = ConfigurationError(
+        "the database url (database.url or $BATCHCTL_DATABASE_URL) is not one that libpq understands; expected "
+        "postgresql://USER@HOST:PORT/DATABASE, with %40 for an @ and %2F for a / inside a name or password"
+    )
     try:
-        parameters = conninfo_to_dict(chosen.url)
+        parameters = conninfo_to_dict(url)
     except psycopg.ProgrammingError:
-        # libpq's own message would show the text, and with it a password.
-        raise ConfigurationError(
-            "the database url (database.url or $BATCHCTL_DATABASE_URL) is not one that libpq understands; "
-            "expected postgresql://USER@HOST:PORT/DATABASE"
-        ) from None
-    return Database(parameters, chosen.schema, clock)
+        raise wrong from None
+    # An @ or / of a password that was not escaped ends up in the host or the database.
+    for key in ("host", "hostaddr", "port", "dbname", "service"):
+        if re.fullmatch(r"[\w.:,/%\[\]+ -]*", str(parameters.get(key) or "")) is None:
+            raise wrong
+    if "://" in url and "/" in str(parameters.get("dbname") or ""):
+        raise wrong
+    return parameters
 
 
 def _place(parameters: Mapping[str, Any]) -> str:
@@ -204,14 +229,15 @@ def _translate(error: psycopg.Error, place: str) -> BatchctlError:
         if isinstance(error, psycopg.OperationalError):
             return DatabaseUnavailableError(f"{place} cannot be reached: {_without_noise(text)}")
         return DatabaseRefusedError(f"{place}: {text}")
-    # Connection lost, out of resources, shutting down, or a standby that cannot write.
-    if state[:2] in ("08", "53") or state[:3] == "57P" or state == "25006":
+    # Connection lost, out of resources, an I/O error, shutting down, or what may go well the next time.
+    if state[:2] in ("08", "53", "58") or state[:3] == "57P" or state in PASSING:
         return DatabaseUnavailableError(f"{place} is not available: {text}")
-    if state in UNDEFINED:
-        return MissingObjectError(f"{place}: {text}")
     if state == "42501":
         return ConfigurationError(f"{place}: {text}; grant the right, or connect as a role that has it")
-    return DatabaseRefusedError(f"{place}: {text} (SQLSTATE {state})")
+    kind = (
+        MissingObjectError if state in UNDEFINED else WrongDataError if state[:2] in LASTING else DatabaseRefusedError
+    )
+    return kind(f"{place}: {text} (SQLSTATE {state})")
 
 
 def _without_noise(text: str) -> str:

@@ -113,6 +113,7 @@ class Store:
         """
         session = self.session
         with session.transaction():
+            session.fetch("run.bound")
             session.fetch("run.lock_job", job=request.batch)
             now = session.fetch_one("run.now").now
             crashed = tuple(

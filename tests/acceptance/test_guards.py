@@ -144,7 +144,13 @@ def test_a_server_that_accepts_and_never_answers(batchctl):
 
 
 def test_a_password_is_never_shown(batchctl):
-    for url in ("postgresql://me:sesame@127.0.0.1:1/none", "host=x sesame bad", "postgresql://me:sesame@[bad/none"):
+    for url in (
+        "postgresql://me:sesame@127.0.0.1:1/none",
+        "host=x sesame bad",
+        "postgresql://me:sesame@[bad/none",
+        "postgresql://me:open@sesame@127.0.0.1/none",
+        "postgresql://me:open/sesame@127.0.0.1:1/none",
+    ):
         batchctl.url = url
         batchctl.configure(one_step("true"))
         done = batchctl("run-batch", "-vv", code=None)

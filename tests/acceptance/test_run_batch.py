@@ -5,20 +5,21 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import time
 from datetime import datetime, timedelta
 from pathlib import Path
 
 import psycopg
 import pytest
-from support import batch, gone, wait_for
+from support import PROGRAM, batch, gone, wait_for
 
 STEP_KEYS = {
     "account", "step", "group", "outcome", "exit_code", "signal", "attempts", "duration_seconds", "quantity", "log",
 }  # fmt: skip
 RESULT_KEYS = {
     "version", "batch", "group", "outcome", "reason", "run_id", "started_at", "finished_at", "duration_seconds",
-    "next_eligible_at", "holder", "steps",
+    "next_eligible_at", "holder", "steps", "detail", "orphans",
 }  # fmt: skip
 
 SIX_STEPS = batch(
@@ -237,11 +238,109 @@ def test_an_orphan_is_found_by_its_lock_or_its_marker_alone(batchctl):
         path.unlink()
 
 
+def test_what_a_dead_run_left_is_never_ignored(batchctl):
+    batchctl.configure(batch([("31", "echo $$ > step.pid; exec sleep 300")], 'leftovers = "ignore"'))
+    process = batchctl.start("run-batch")
+    path = batchctl.directory / "step.pid"
+    pid = int(wait_for(lambda: path.exists() and path.read_text()))
+    process.kill()
+    process.communicate()
+    try:
+        skipped = batchctl.json("run-batch", code=75)
+        assert skipped["reason"] == "orphans"
+        assert [orphan["pid"] for orphan in skipped["orphans"]] == [pid]
+        assert f"pid {pid}" in skipped["detail"]
+        assert f"pid {pid}" in batchctl.json("history")["entries"][0]["detail"]
+    finally:
+        os.kill(pid, signal.SIGKILL)
+
+
+def test_a_crash_keeps_every_from_nothing(batchctl):
+    batchctl.configure(batch([("31", "echo $$ > step.pid; exec sleep 300")], 'every = "48h"'))
+    process = batchctl.start("run-batch")
+    path = batchctl.directory / "step.pid"
+    pid = int(wait_for(lambda: path.exists() and path.read_text()))
+    process.kill()
+    process.communicate()
+    os.kill(pid, signal.SIGKILL)
+    wait_for(lambda: gone(pid))
+    batchctl.configure(batch([("31", "true")], 'every = "48h"'))
+    assert batchctl.json("run-batch")["outcome"] == "success"
+
+
+def test_the_deadline_that_ends_the_retries_ends_the_run(batchctl):
+    batchctl.configure(batch([("31", "true"), ("32", "false", "retries = 5")], 'timeout = "2s"'))
+    result = batchctl.json("run-batch", code=124)
+    assert result["outcome"] == "timeout"
+    assert [step["outcome"] for step in result["steps"]] == ["success", "failed"]
+
+
+def test_a_signal_before_the_claim_starts_nothing_and_costs_no_gap(batchctl):
+    batchctl.configure(batch([("31", "touch ran")]))
+    batchctl("status")
+    with psycopg.connect(batchctl.url) as connection:
+        connection.execute("INSERT INTO batchctl.state (job) VALUES ('daily')")
+        connection.commit()
+        connection.execute("SELECT FROM batchctl.state FOR UPDATE")
+        process = batchctl.start("run-batch")
+        waiting = (
+            "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
+        )
+        with psycopg.connect(batchctl.url, autocommit=True) as watching:
+            wait_for(lambda: watching.execute(waiting).fetchone()[0])
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.3)
+    process.communicate(timeout=30)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert not (batchctl.directory / "ran").exists()
+    assert batchctl.json("run-batch")["outcome"] == "success"
+
+
+def test_a_start_does_not_wait_for_a_lock_that_somebody_keeps(embedded_batchctl):
+    embedded_batchctl.configure(batch([("31", "touch ran")]))
+    embedded_batchctl("status")
+    data = embedded_batchctl.directory / "state" / "postgresql" / "data"
+    with psycopg.connect(host=str(data), user="batchctl", dbname="batchctl") as connection:
+        connection.execute("INSERT INTO batchctl.state (job) VALUES ('daily')")
+        connection.commit()
+        connection.execute("SELECT FROM batchctl.state FOR UPDATE")
+        done = embedded_batchctl("run-batch", code=69)
+    assert "lock timeout" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not (embedded_batchctl.directory / "ran").exists()
+
+
+def test_what_cannot_be_made_before_a_run_is_not_claimed(batchctl):
+    batchctl.configure(batch([("31", "true")]))
+    batchctl("status")
+    (batchctl.directory / "state").mkdir(mode=0o700, exist_ok=True)
+    (batchctl.directory / "state" / "run").write_text("in the way")
+    assert "Not a directory" in batchctl("run-batch", code=78).stderr
+    with psycopg.connect(batchctl.url) as connection:
+        assert connection.execute("SELECT count(*) FROM batchctl.run").fetchone() == (0,)
+
+
+@pytest.mark.parametrize("redirection", [">&-", ">/dev/full", ">&- 2>&-", "| true"])
+def test_output_that_cannot_be_written_changes_nothing(batchctl, redirection):
+    batchctl.configure(batch([("31", "true")], 'min_gap = "0s"'))
+    line = f'"$0" --config batchctl.toml run-batch --json {redirection}'
+    if "|" in redirection:
+        line = f"{{ {line.partition('|')[0]}; echo $? >code; }} | true; exit $(cat code)"
+    program = str(PROGRAM)
+    for _ in range(2):
+        done = subprocess.run(
+            ["sh", "-c", line, program], cwd=batchctl.directory, env={"PATH": "/usr/bin:/bin"}, check=False,
+            capture_output=True, stdin=subprocess.DEVNULL, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done
+        assert "bug" not in done.stderr
+
+
 def test_leftovers_may_be_ignored(batchctl):
     batchctl.configure(batch([("31", "setsid sleep 300 & echo $! >> agents")], 'leftovers = "ignore"\nmin_gap = "0s"'))
     batchctl("run-batch")
     try:
-        assert "WARNING | The run left processes alive" in batchctl.log
+        assert "WARNING | The run left processes alive, the next start ignores them: pid" in batchctl.log
         batchctl("run-batch")
         assert "ignored as configured" in batchctl.log
         batchctl.configure(batch([("31", "true")], 'leftovers = "skip"\nmin_gap = "0s"'))

@@ -46,7 +46,7 @@ def test_defaults_are_those_of_the_contract():
     batch, rollup = configuration.batches["daily"], configuration.rollups["trend"]
     assert (batch.accounts, batch.max_parallel, batch.quantity) == (("default",), 1, 100)
     assert (str(batch.min_gap), str(batch.timeout), str(batch.step_timeout), str(batch.grace)) == (
-        "6h", "1d6h", "5h", "30s",
+        "6h", "30h", "5h", "30s",
     )  # fmt: skip
     assert (batch.on_failure, batch.leftovers, batch.enabled, batch.hours) == ("continue", "skip", True, "")
     assert (rollup.grains, rollup.target, str(rollup.settle), str(rollup.budget)) == (
@@ -67,14 +67,26 @@ def test_defaults_are_those_of_the_contract():
         ("batch", 'accounts = ["a", "a"]', "batch.daily.accounts", "found 'a' twice"),
         ("batch", 'accounts = ["a/b"]', "batch.daily.accounts[0]", "found 'a/b'"),
         ("batch", "accounts = []", "batch.daily.accounts", "found an empty list"),
-        ("batch", "max_parallel = 0", "batch.daily.max_parallel", "found 0, expected int >= 1"),
+        ("batch", "max_parallel = 0", "batch.daily.max_parallel", "found 0, expected a whole number >= 1"),
+        ("batch", "gap_factor = inf", "batch.daily.gap_factor", "found inf"),
+        ("batch", "gap_factor = nan", "batch.daily.gap_factor", "found nan"),
+        ("batch", 'timeout = "3651d"', "batch.daily.timeout", "expected a duration of at most 3650d"),
+        ("batch", "quantity = 3000000000", "batch.daily.quantity", "found 3000000000"),
+        ("batch", 'accounts = ["a\\n"]', "batch.daily.accounts[0]", "expected a text without"),
+        ("batch", 'accounts = [".."]', "batch.daily.accounts[0]", "found '..'"),
+        ("step", 'env = { "A=B" = "x" }', "batch.daily.step[0].env", "found the name 'A=B'"),
         ("batch", 'timeout = "0s"', "batch.daily.timeout", "found 0s"),
         ("batch", 'schedule = "61 * * * *"', "batch.daily.schedule", "found '61 * * * *'"),
         ("batch", 'hours = "25"', "batch.daily.hours", "found '25', expected cron's hour field"),
         ("batch", 'hours = "0 - 6"', "batch.daily.hours", "found '0 - 6'"),
         ("step", "[batch.daily.group.serch]", "batch.daily.group.serch", "no step has this group"),
         ("step", 'quantity = "x"', "batch.daily.step[0].quantity", "found 'x'"),
-        ("step", '[[batch.daily.step]]\nid = 32\ncommand = ["x"]', "batch.daily.step[1].id", "found 32, expected str"),
+        (
+            "step",
+            '[[batch.daily.step]]\nid = 32\ncommand = ["x"]',
+            "batch.daily.step[1].id",
+            "found 32, expected a text in quotes",
+        ),
         ("step", '[[batch.daily.step]]\nid = "32"', "batch.daily.step[1]", "'command' is required"),
         ("step", '[[batch.daily.step]]\nid = "32"\ncommand = "ls -l"', "batch.daily.step[1].command", "found 'ls -l'"),
         ("step", '[[batch.daily.step]]\nid = "32"\ncommand = []', "batch.daily.step[1].command", "found an empty list"),
@@ -105,6 +117,10 @@ def test_mistakes(part, text, path, found):
     [
         ("", "database: found neither url and embedded"),
         ('[database]\nurl = "postgresql://x"\nembedded = true', "database: found both"),
+        ('[database]\nurl = ""', "database.url: found ''"),
+        ('[database]\nembedded = true\nschema = "a%b"', "database.schema: found 'a%b', expected a name without %"),
+        ('[database]\nembedded = true\nschema = "pg_x"', "database.schema: found 'pg_x'"),
+        ('[batch."d\\n"]\n[database]\nembedded = true', "expected a name"),
         ("foo = 1\n[database]\nembedded = true", "foo: unknown key"),
         ('timezone = "Mars/Olympus"\n[database]\nembedded = true', "timezone: found 'Mars/Olympus'"),
         ("batch = 1\n[database]\nembedded = true", "batch: found 1, expected tables"),
@@ -162,5 +178,17 @@ def test_what_is_no_duration(text):
         parse_duration(text)
 
 
-def test_a_duration_shows_as_it_is_written():
-    assert str(Duration(hours=36)) == "1d12h"
+@pytest.mark.parametrize(("hours", "text"), [(30, "30h"), (36, "36h"), (48, "48h"), (96, "4d"), (97, "97h")])
+def test_a_duration_shows_as_people_say_it(hours, text):
+    assert str(Duration(hours=hours)) == text
+
+
+def test_a_directory_that_may_not_be_read_is_an_error_only_where_it_was_named(tmp_path, monkeypatch):
+    def refuse(_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "is_file", refuse)
+    with pytest.raises(ConfigurationError, match="cannot be read: Permission denied"):
+        config_file.find_file(tmp_path / "x.toml", {})
+    with pytest.raises(ConfigurationError, match="no configuration file"):
+        config_file.find_file(None, {})

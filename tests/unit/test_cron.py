@@ -62,6 +62,26 @@ def test_hours_are_those_of_the_local_clock(hours, time, inside):
     assert inside_hours(hours, now, ZoneInfo("Asia/Seoul")) is inside
 
 
+@pytest.mark.parametrize(
+    ("instant", "inside"),
+    [
+        # Berlin's 2024-10-27 has 02:30 twice, its 2024-03-31 goes from 01:59 to 03:00.
+        ("2024-10-27T00:30:00Z", True),
+        ("2024-10-27T01:30:00Z", True),
+        ("2024-10-27T02:00:00Z", True),
+        ("2024-03-31T01:00:00Z", True),
+        ("2024-03-31T05:00:00Z", False),
+    ],
+)
+def test_hours_on_the_days_when_the_clocks_change(instant, inside):
+    assert inside_hours("0-6", datetime.fromisoformat(instant), ZoneInfo("Europe/Berlin")) is inside
+
+
+def test_the_first_minute_inside_the_hours_of_a_zone_off_the_hour():
+    found = next_inside_hours("3", datetime(2024, 1, 1, tzinfo=UTC), ZoneInfo("Asia/Kathmandu"))
+    assert found == datetime(2024, 1, 1, 21, 15, tzinfo=UTC)
+
+
 def test_the_first_minute_inside_the_hours():
     now = datetime(2024, 6, 1, 7, 30, tzinfo=UTC)
     assert next_inside_hours("0-6", now, UTC) == datetime(2024, 6, 2, tzinfo=UTC)

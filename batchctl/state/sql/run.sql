@@ -3,6 +3,12 @@
 INSERT INTO {schema}.state AS s (job) VALUES (%(job)s)
 ON CONFLICT (job) DO UPDATE SET job = s.job;
 
+-- name: bound
+-- A start never waits for long: neither for a lock that somebody holds, nor holding one for a client that is gone.
+SELECT set_config('lock_timeout', '10s', true) AS lock_timeout,
+       set_config('statement_timeout', '15s', true) AS statement_timeout,
+       set_config('idle_in_transaction_session_timeout', '20s', true) AS idle_timeout;
+
 -- name: now
 -- The only clock that decides; read after the lock was obtained, so that waiting for it does not turn it back.
 SELECT clock_timestamp() AS now;
@@ -17,7 +23,13 @@ WITH dead AS (
     UPDATE {schema}.step_run SET outcome = 'crashed'
     WHERE outcome IS NULL AND run_id IN (SELECT run_id FROM dead)
 ), jobs AS (
-    UPDATE {schema}.state SET last_outcome = 'crashed' WHERE last_run_id IN (SELECT run_id FROM dead)
+    -- A start that came to nothing does not keep `every` from the next one.
+    UPDATE {schema}.state AS s SET last_outcome = 'crashed', last_started_at = (
+        SELECT max(r.started_at) FROM {schema}.run r
+        WHERE r.batch = %(batch)s AND r.outcome IS NOT NULL AND r.outcome <> 'crashed'
+          AND (s.job = r.batch OR s.job = ANY(SELECT r.batch || '/' || name FROM unnest(r.groups) AS name))
+    )
+    WHERE last_run_id IN (SELECT run_id FROM dead)
 )
 SELECT run_id, hostname, pid FROM dead;
 
@@ -64,6 +76,7 @@ ON CONFLICT (job) DO UPDATE SET last_started_at = EXCLUDED.last_started_at, last
 
 -- name: step_started
 -- Record an attempt at a step as soon as its process exists.
+WITH heard AS (UPDATE {schema}.run SET heartbeat_at = clock_timestamp() WHERE run_id = %(run_id)s)
 INSERT INTO {schema}.step_run (run_id, account, step, attempt, step_group, pid, pid_start_ticks, started_at, quantity, log)
 VALUES (%(run_id)s, %(account)s, %(step)s, %(attempt)s, %(group)s, %(pid)s, %(pid_start_ticks)s,
         coalesce(%(at)s::timestamptz, clock_timestamp()), %(quantity)s, %(log)s)
@@ -71,6 +84,7 @@ ON CONFLICT (run_id, account, step, attempt) DO NOTHING;
 
 -- name: step_finished
 -- Record how an attempt ended.
+WITH heard AS (UPDATE {schema}.run SET heartbeat_at = clock_timestamp() WHERE run_id = %(run_id)s)
 INSERT INTO {schema}.step_run (run_id, account, step, attempt, step_group, started_at, finished_at, outcome, reason,
                                exit_code, signal, quantity, log)
 VALUES (%(run_id)s, %(account)s, %(step)s, %(attempt)s, %(group)s,
@@ -127,13 +141,13 @@ ORDER BY s.job;
 -- name: history
 -- What ran and what was skipped, newest first.
 SELECT * FROM (
-    (SELECT 'run' AS kind, job, started_at AS at, coalesce(outcome, 'running') AS outcome, reason, run_id,
-            extract(epoch FROM finished_at - started_at)::float8 AS duration_seconds, 1 AS count
+    (SELECT 'run' AS kind, job, started_at AS at, outcome, reason, run_id,
+            extract(epoch FROM finished_at - started_at)::float8 AS duration_seconds, NULL AS detail, 1 AS count
      FROM {schema}.run
      WHERE %(job)s::text IS NULL OR job = %(job)s OR batch = %(job)s
      ORDER BY started_at DESC LIMIT %(limit)s)
     UNION ALL
-    (SELECT 'skip', job, last_at, 'skipped', reason, NULL, NULL, count
+    (SELECT 'skip', job, last_at, 'skipped', reason, NULL, NULL, detail, count
      FROM {schema}.skip
      WHERE %(job)s::text IS NULL OR job = %(job)s OR starts_with(job, %(job)s || '/')
      ORDER BY last_at DESC LIMIT %(limit)s)

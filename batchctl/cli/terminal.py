@@ -1,0 +1,35 @@
+"""Standard output as it may be: a terminal, a pipe that nobody reads, a full disk, or closed."""
+
+from __future__ import annotations
+
+import os
+import sys
+from contextlib import suppress
+
+
+def on_terminal() -> bool:
+    """Tell whether standard output is a terminal."""
+    return sys.stdout is not None and sys.stdout.isatty()
+
+
+def write(text: str) -> None:
+    """Write to standard output at once; that it cannot be written never changes what a command did or returns."""
+    if sys.stdout is None:
+        return
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _discard()
+    except OSError as error:
+        _discard()
+        if sys.stderr is not None:
+            with suppress(OSError):
+                sys.stderr.write(f"batchctl: standard output cannot be written: {error.strerror}\n")
+
+
+def _discard() -> None:
+    # What is still buffered would fail once more when the interpreter ends, and change the exit code.
+    descriptor = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(descriptor, sys.stdout.fileno())
+    os.close(descriptor)
