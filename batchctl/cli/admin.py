@@ -38,7 +38,7 @@ def init(session: Session) -> int:
 def migrate(
     session: Session,
     *,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the SQL, and execute none of it.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the SQL, and keep nothing of it.")] = False,
     drop: Annotated[
         str | None, typer.Option("--drop", metavar="ROLLUP", help="Take a rollup's tables and tracking away again.")
     ] = None,
@@ -62,9 +62,8 @@ def migrate(
             statements, warnings = made.statements, made.warnings
             done = [f"Made the tables and triggers of {name}." for name in made.created]
     if dry_run:
-        render.statements([*(applied.statement for applied in upgraded), *statements])
-        done, upgraded = [], ()
-    lines = [*(f"Applied {applied.name}." for applied in upgraded), *done]
+        render.statements([*upgraded.statements, *statements])
+    lines = [*(f"Applied {name}." for name in upgraded.names), *done]
     render.migrated(lines or ["Nothing to do."], warnings, shown=session.shows_results and not dry_run)
     return 0
 

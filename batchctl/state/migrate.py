@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 VERSION = sql.SQL("SELECT max(version) AS version FROM {schema}.migration")
 
 
-class Applied(NamedTuple):
-    """An upgrade that was applied: its name and its SQL."""
+class Upgraded(NamedTuple):
+    """The names of the upgrades that were applied, and the SQL that did it."""
 
-    name: str
-    statement: str
+    names: tuple[str, ...]
+    statements: tuple[str, ...]
 
 
 def require_schema(session: Session) -> None:
@@ -58,13 +58,18 @@ def schema_version(session: Session) -> int | None:
     return version
 
 
-def upgrade(session: Session) -> tuple[Applied, ...]:
+def upgrade(session: Session) -> Upgraded:
     """Apply the upgrades that the schema lacks and return them; safe when many do it at once."""
     name = session.schema_name
     with session.transaction():
         # Everybody who finds no schema comes here; one makes it, the others wait for the commit and find it made.
         session.run(
-            sql.SQL("SELECT pg_advisory_xact_lock(hashtextextended('batchctl schema ' || %(name)s, 0))"), {"name": name}
+            # The lock is only ours, so a lock_timeout of the role must not cut the wait for it.
+            sql.SQL(
+                "SELECT set_config('lock_timeout', '0', true) AS unlimited, "
+                "pg_advisory_xact_lock(hashtextextended('batchctl schema ' || %(name)s, 0)) AS locked"
+            ),
+            {"name": name},
         )
         found = session.run(
             sql.SQL(
@@ -73,23 +78,25 @@ def upgrade(session: Session) -> tuple[Applied, ...]:
             ),
             {"name": name},
         )[0]
+        statements = []
         # A role that may not create schemas can still use one that was made for it.
         if not found.schema:
-            session.run(sql.SQL("CREATE SCHEMA {schema}").format(schema=session.schema))
+            statements.append(sql.SQL("CREATE SCHEMA {schema}").format(schema=session.schema))
         version = 0
         if found.tables:
             version = session.run(VERSION.format(schema=session.schema))[0].version or 0
         refuse_newer(version)
         pending = [migration for migration in migrations() if migration.version > version]
-        applied = []
         for migration in pending:
-            statement = sql.SQL(migration.text).format(schema=session.schema)
-            session.run(statement)
-            applied.append(Applied(f"{migration.version:04d} {migration.name}", statement.as_string()))
-            session.run(
-                sql.SQL("INSERT INTO {schema}.migration (version, name) VALUES (%(version)s, %(name)s)").format(
-                    schema=session.schema
-                ),
-                {"version": migration.version, "name": migration.name},
+            statements.append(sql.SQL(migration.text).format(schema=session.schema))
+            statements.append(
+                sql.SQL("INSERT INTO {schema}.migration (version, name) VALUES ({version}, {name})").format(
+                    schema=session.schema, version=sql.Literal(migration.version), name=sql.Literal(migration.name)
+                )
             )
-    return tuple(applied)
+        for statement in statements:
+            session.run(statement)
+    return Upgraded(
+        tuple(f"{migration.version:04d} {migration.name}" for migration in pending),
+        tuple(statement.as_string() for statement in statements),
+    )
