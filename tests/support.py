@@ -104,3 +104,28 @@ class Command:
     @property
     def log(self) -> str:
         return "".join(path.read_text() for path in sorted((self.directory / "state" / "log").glob("*.log")))
+
+
+CRONTAB_EXAMPLE = Path(__file__).resolve().parents[1] / "crontab.example"
+# What a batch and a rollup of crontab.example need.
+CRONTAB_CONFIGURATION = """\
+state_dir = "state"
+[database]
+embedded = true
+[batch.daily]
+schedule = "0 1 * * *"
+[[batch.daily.step]]
+id = "31"
+command = ["echo", "what a step prints goes to its log"]
+[rollup.trend]
+source = "fact_events"
+time = "occurred_at"
+dimensions = ["event_type", "item"]
+[rollup.trend.measures]
+events = "count(*)"
+value_sum = "sum(value)"
+"""
+FACT_EVENTS = """
+CREATE TABLE fact_events (occurred_at timestamptz, event_type text, item text, value integer);
+CREATE INDEX ON fact_events (occurred_at);
+"""

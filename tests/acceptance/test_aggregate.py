@@ -114,6 +114,7 @@ def test_what_does_not_exist_or_fit_is_wrong_usage(trend):
         ["--grain", "2m"],
         ["--rollup", "other"],
         ["--rebuild"],
+        ["--rebuild", "--from", "2025-01-01", "--to", "2025-01-02", "--dry-run"],
         ["--from", "2025-01-01"],
         ["--rebuild", "--from", "2025-01-02", "--to", "2025-01-01"],
         ["--rebuild", "--from", "yesterday", "--to", "2025-01-01"],
@@ -155,6 +156,35 @@ def test_an_aggregate_of_what_was_not_migrated_says_what_to_do(batchctl):
     batchctl.configure(TREND)
     done = batchctl("aggregate", code=78)
     assert "run `batchctl migrate`" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_rollup_that_was_not_migrated_does_not_stop_the_others(trend):
+    trend.configure(
+        TREND.replace("trend", "new").replace("[rollup.new]", '[rollup.new]\ntarget = "new_{grain}"') + TREND
+    )
+    insert(trend, "2025-11-13 06:51:07Z")
+    result = trend.json("aggregate", code=78)["rollups"]
+    assert [(grain["rollup"], grain["outcome"]) for grain in result] == [
+        *[("new", "failed")] * 3, *[("trend", "success")] * 3,
+    ]  # fmt: skip
+    assert "rollup.new has no tables yet; run `batchctl migrate`" in result[0]["reason"]
+
+
+def test_a_dry_run_makes_no_schema(batchctl):
+    batchctl.configure(TREND)
+    done = batchctl("aggregate", "--dry-run", code=78)
+    assert "run `batchctl migrate`" in done.stderr
+    with psycopg.connect(batchctl.url) as connection:
+        assert connection.execute("SELECT to_regnamespace('batchctl')").fetchone() == (None,)
+
+
+def test_a_view_on_a_table_of_a_rollup_is_named_before_anything_is_dropped(trend):
+    with psycopg.connect(trend.url) as connection:
+        connection.execute("CREATE VIEW dashboard AS SELECT * FROM agg_1h")
+    done = trend("migrate", "--drop", "trend", code=1)
+    assert "view dashboard on public.agg_1h" in done.stderr
+    assert trend.json("aggregate")["rollups"][0]["outcome"] == "empty"
 
 
 def test_the_whole_line_from_event_to_hour(batchctl):

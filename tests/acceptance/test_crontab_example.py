@@ -16,7 +16,7 @@ from typing import NamedTuple
 import psycopg
 import pytest
 from cronsim import CronSim
-from support import skip_or_fail
+from support import CRONTAB_CONFIGURATION, CRONTAB_EXAMPLE, FACT_EVENTS, skip_or_fail
 
 from batchctl.clock import SystemClock
 from batchctl.config import Rollup
@@ -24,7 +24,7 @@ from batchctl.schedule import cron
 from batchctl.state.embedded import EmbeddedServer
 
 PROJECT = Path(__file__).resolve().parents[2]
-EXAMPLE = PROJECT / "crontab.example"
+EXAMPLE = CRONTAB_EXAMPLE
 PROGRAM = "/opt/batchctl/.venv/bin/batchctl"
 CONFIG = "/etc/batchctl.toml"
 CALL = f"{PROGRAM} --config {CONFIG}"
@@ -32,26 +32,7 @@ DAY = datetime(2026, 1, 1, tzinfo=UTC)
 LIMIT = 60  # seconds; a line takes its sleep and a second or two
 SKIPPED = 75
 
-CONFIGURATION = """\
-state_dir = "state"
-[database]
-embedded = true
-[batch.daily]
-schedule = "0 1 * * *"
-[[batch.daily.step]]
-id = "31"
-command = ["echo", "what a step prints goes to its log"]
-[rollup.trend]
-source = "fact_events"
-time = "occurred_at"
-dimensions = ["event_type", "item"]
-[rollup.trend.measures]
-events = "count(*)"
-value_sum = "sum(value)"
-"""
-SOURCE = """
-CREATE TABLE fact_events (occurred_at timestamptz, event_type text, item text, value integer);
-CREATE INDEX ON fact_events (occurred_at);
+EVENTS = """
 INSERT INTO fact_events
 SELECT now() - interval '3 hours' + n * interval '1 second', 'view', 'item ' || n % 7, n
 FROM generate_series(1, 3600) n;
@@ -142,12 +123,12 @@ def result(process: subprocess.Popen[bytes]) -> tuple[int, bytes, bytes]:
 def installation(tmp_path_factory):
     directory = tmp_path_factory.mktemp("crontab")
     config = directory / "batchctl.toml"
-    config.write_text(CONFIGURATION)
+    config.write_text(CRONTAB_CONFIGURATION)
     server = EmbeddedServer(directory / "state" / "postgresql", SystemClock())
     try:
         server.start()
         with psycopg.connect(**server.connection_parameters()) as connection:
-            connection.execute(SOURCE)
+            connection.execute(FACT_EVENTS + EVENTS)
         installation = Installation(Path(sys.executable).with_name("batchctl"), config, server)
         installation.run("migrate")
         yield installation

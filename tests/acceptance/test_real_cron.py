@@ -17,13 +17,12 @@ from typing import NamedTuple
 
 import psycopg
 import pytest
-from support import skip_or_fail
+from support import CRONTAB_CONFIGURATION, CRONTAB_EXAMPLE, FACT_EVENTS, skip_or_fail
 
 from batchctl.clock import SystemClock
 from batchctl.state.embedded import EmbeddedServer
 
-PROJECT = Path(__file__).resolve().parents[2]
-EXAMPLE = PROJECT / "crontab.example"
+EXAMPLE = CRONTAB_EXAMPLE
 PROGRAM = "/opt/batchctl/.venv/bin/batchctl"
 CONFIG = "/etc/batchctl.toml"
 SENDMAIL = Path("/usr/sbin/sendmail")
@@ -33,27 +32,6 @@ EVENTS = 25
 LIMIT = 150  # seconds; cron needs up to one minute, and second 5 of the one after the events
 JOBS_LIMIT = 90  # seconds for the last jobs to end
 
-CONFIGURATION = """\
-state_dir = "state"
-[database]
-embedded = true
-[batch.daily]
-schedule = "0 1 * * *"
-[[batch.daily.step]]
-id = "31"
-command = ["echo", "what a step prints goes to its log"]
-[rollup.trend]
-source = "fact_events"
-time = "occurred_at"
-dimensions = ["event_type", "item"]
-[rollup.trend.measures]
-events = "count(*)"
-value_sum = "sum(value)"
-"""
-SOURCE = """
-CREATE TABLE fact_events (occurred_at timestamptz, event_type text, item text, value integer);
-CREATE INDEX ON fact_events (occurred_at);
-"""
 ARRIVE = "INSERT INTO fact_events SELECT now(), 'view', 'item ' || n %% 3, n FROM generate_series(1, %s) n"
 
 
@@ -184,12 +162,12 @@ def tidy_when_terminated():
 def installation(tmp_path):
     program = Path(sys.executable).with_name("batchctl")
     config = tmp_path / "batchctl.toml"
-    config.write_text(CONFIGURATION)
+    config.write_text(CRONTAB_CONFIGURATION)
     server = EmbeddedServer(tmp_path / "state" / "postgresql", SystemClock())
     installation = Installation(program, config, server)
     try:
         server.start()
-        installation.query(SOURCE)
+        installation.query(FACT_EVENTS)
         subprocess.run([program, "--config", config, "migrate"], check=True, timeout=60)
         yield installation
     finally:
