@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from typing import TYPE_CHECKING
 
-from batchctl.rollup.definition import LONGEST_NAME, ROWS_COLUMN, Table
+from batchctl.rollup.definition import LONGEST_NAME, ROW_COLUMN, ROWS_COLUMN, Table
 from batchctl.state.database import sql
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
-    from batchctl.rollup.definition import Definition, Grain, Part, Places
+    from batchctl.rollup.definition import Definition, Grain, Measure, Places
     from batchctl.state.database import Session
 
 COMMA = sql.SQL(", ")
@@ -57,6 +58,19 @@ def short(name: str) -> str:
     return f"{encoded[: LONGEST_NAME - 9].decode(errors='ignore')}_{digest}"
 
 
+def function_name(rollup: str) -> str:
+    """Name the trigger function of a rollup, which is in our schema."""
+    return short(f"capture_{rollup}")
+
+
+def trigger_name(schema: str, rollup: str, event: str) -> str:
+    """Name a trigger on a source, which other schemas of ours may watch as well."""
+    # Without the hash, rollup a_b of schema x and rollup b of schema x_a would take each other's triggers over.
+    digest = hashlib.sha256(json.dumps([schema, rollup, event]).encode()).hexdigest()[:8]
+    text = f"{schema}_{rollup}_{event}".encode()[: LONGEST_NAME - 9].decode(errors="ignore")
+    return f"{text}_{digest}"
+
+
 def constraint_name(target: Table) -> str:
     """Name the constraint that keeps one row for each group of a bucket."""
     return short(f"{target.name}_bucket_key")
@@ -82,14 +96,16 @@ def refresh(session: Session, definition: Definition, grain: Grain, places: Plac
     """
     target = places.targets[grain.name]
     finest = definition.finer(grain.name) is None
-    columns = [part.column for part in definition.parts]
+    stored = [part.column for part in definition.parts]
+    averages = [measure for measure in definition.measures if measure.function == "avg"]
+    columns = [*stored, *(measure.name for measure in averages)]
     source, time = built_from(definition, grain, places)
     read = session.statement(
         "rollup.read_ranges" if apart else "rollup.read_range",
         source=source,
         time=time,
         dimensions=sql.Composed([sql.SQL(", {}").format(quoted(name)) for name in definition.dimensions]),
-        values=COMMA.join(_value(part, finest=finest) for part in definition.parts),
+        values=COMMA.join(_values(definition, places, finest=finest)),
         # By number, because a name would mean a column of the source before one of ours.
         positions=COMMA.join(sql.Literal(number) for number, _ in enumerate(definition.key, start=1)),
         where=condition(definition) if finest else sql.SQL(""),
@@ -99,7 +115,12 @@ def refresh(session: Session, definition: Definition, grain: Grain, places: Plac
         read=read,
         target=quoted(*target),
         constraint=quoted(constraint_name(target)),
-        columns=names([*definition.key, *columns]),
+        columns=names([*definition.key, *stored]),
+        averages=sql.Composed([sql.SQL(", {}").format(quoted(measure.name)) for measure in averages]),
+        divisions=sql.Composed(
+            [sql.SQL(", {}").format(_division(measure, places.averages[measure.name])) for measure in averages]
+        ),
+        row=quoted(ROW_COLUMN),
         rows=quoted(ROWS_COLUMN),
         events=quoted(definition.events or ROWS_COLUMN),
         key=names(definition.key),
@@ -112,7 +133,24 @@ def refresh(session: Session, definition: Definition, grain: Grain, places: Plac
     )
 
 
-def _value(part: Part, *, finest: bool) -> sql.Composed:
-    if finest:
-        return call(part.function, part.expression)
-    return sql.SQL("{}({})").format(literally(part.merge), quoted(part.column))
+def _values(definition: Definition, places: Places, *, finest: bool) -> Iterator[sql.Composed]:
+    for measure in definition.measures:
+        wide = places.averages.get(measure.name) == "double precision"
+        for part in measure.parts:
+            if not finest:
+                yield sql.SQL("{}({})").format(literally(part.merge), quoted(part.column))
+            elif wide and part.function == "sum":
+                yield wide_sum(part.expression)
+            else:
+                yield call(part.function, part.expression)
+
+
+def wide_sum(expression: str) -> sql.Composed:
+    """Write a sum as PostgreSQL adds up for an average; a plain one of `real` rounds to six digits at each step."""
+    return call("sum", f"({expression})::double precision")
+
+
+def _division(measure: Measure, kind: str) -> sql.Composed:
+    # In the average's own type, so that the division of integers keeps its fraction.
+    total, count = (quoted(part.column) for part in measure.parts)
+    return sql.SQL("{}::{} / nullif({}, 0)").format(total, operator_sql(kind), count)

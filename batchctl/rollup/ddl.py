@@ -1,15 +1,15 @@
-"""Makes and takes away what a rollup needs in the database: tables, trigger function, triggers."""
+"""Makes and takes away what a rollup needs in the database: the plan, and its steps one after the other."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from batchctl.errors import BatchctlError, ConfigurationError, UsageError
 from batchctl.rollup import compose
 from batchctl.rollup.definition import Places, Table, differences
 from batchctl.rollup.source import find
+from batchctl.rollup.steps import completion, creation, removal, tracking
 from batchctl.state.database import sql
 
 if TYPE_CHECKING:
@@ -17,10 +17,9 @@ if TYPE_CHECKING:
 
     from batchctl.clock import Clock
     from batchctl.rollup.definition import Definition
-    from batchctl.rollup.source import Found
+    from batchctl.rollup.steps import Step
     from batchctl.state.database import Session
 
-EVENTS = ("insert", "update", "delete", "truncate")
 # Whoever waits for a lock on the source makes the application wait behind it, so the wait is short and often repeated.
 LOCK_MILLISECONDS = 200
 PAUSE_SECONDS = 0.8
@@ -41,19 +40,10 @@ class Migrated:
 
 
 @dataclass(frozen=True)
-class _Step:
-    """Statements of one transaction."""
-
-    statements: tuple[sql.Composed, ...]
-    locks: str = ""
-    """The table of the application that they lock."""
-    rollup: str = ""
-    """The rollup that they register."""
-
-
-@dataclass(frozen=True)
 class _Plan:
-    steps: tuple[_Step, ...]
+    rollup: str
+    places: Places
+    steps: tuple[Step, ...]
     created: bool
     warnings: tuple[str, ...]
 
@@ -80,16 +70,22 @@ def migrate(
         BatchctlError: a source stayed locked; what is missing is made by the next call.
     """
     # All are checked before anything is made.
-    plans = [_plan(session, definition) for definition in definitions]
+    with session.transaction():
+        _exclude_others(session)
+        plans = [_plan(session, definition) for definition in definitions]
+        registered = session.fetch("rollup.registered")
+    _refuse_shared_targets(plans)
     steps = [step for plan in plans for step in plan.steps]
     if not dry_run:
         for step in steps:
-            _apply(session, step, clock, patience)
+            if not _apply(session, step, clock, patience):
+                # Another `migrate` was quicker, perhaps with another configuration.
+                return migrate(session, definitions, clock, patience=patience)
     configured = {definition.name for definition in definitions}
-    strangers = [row.rollup for row in session.fetch("rollup.registered") if row.rollup not in configured]
+    strangers = [row.rollup for row in registered if row.rollup not in configured]
     return Migrated(
-        statements=tuple(_text(steps)),
-        created=tuple(definition.name for definition, plan in zip(definitions, plans, strict=True) if plan.created),
+        statements=tuple(_text(session, steps)),
+        created=tuple(plan.rollup for plan in plans if plan.created),
         warnings=(
             *(warning for plan in plans for warning in plan.warnings),
             *(
@@ -108,50 +104,64 @@ def drop(
 
     Raises:
         UsageError: there is no such rollup in the database.
+        ConfigurationError: a table belongs to another role.
         BatchctlError: a table stayed locked, or something else depends on one; call again.
     """
     rows = session.fetch("rollup.registered")
     registered = next((row for row in rows if row.rollup == name), None)
-    function = _function(name)
+    function = compose.function_name(name)
     triggers = session.fetch("rollup.find_triggers", function=function, schema_name=session.schema_name)
     if registered is None and not triggers:
         known = ", ".join(row.rollup for row in rows) or "(none)"
         raise UsageError(f"rollup {name!r} is not in the database; expected one of {known}")
-    literal = sql.Literal(name)
-    steps = []
-    if registered is not None:
-        steps.append(_Step((session.statement("rollup.refuse_ticks", rollup=literal),)))
-    for table in dict.fromkeys(Table(row.schema, row.table) for row in triggers):
-        own = [row.trigger for row in triggers if (row.schema, row.table) == table]
-        steps.append(_Step(tuple(_drop_trigger(session, trigger, table) for trigger in own), locks=str(table)))
-    last = [session.statement("rollup.drop_function", function=sql.Identifier(function))]
-    if registered is not None:
-        targets = Places.from_json(registered.places).targets
-        last += [session.statement("rollup.drop_target", table=sql.Identifier(*table)) for table in targets.values()]
-        last += [
-            session.statement("rollup.forget_job", job=sql.Literal(f"{name}/{grain}"))
-            for grain in registered.definition["grains"]
-        ]
-    last += [session.statement(f"rollup.{key}", rollup=literal) for key in ("forget_queue", "forget")]
-    steps.append(_Step(tuple(last), locks=f"the tables of rollup.{name}"))
+    _check_droppable(session, name, registered, triggers)
+    steps = removal(session, name, registered, triggers)
     if not dry_run:
         for step in steps:
             _apply(session, step, clock, patience)
-    return tuple(_text(steps))
+    return tuple(_text(session, steps))
+
+
+def _check_droppable(session: Session, name: str, registered: Any, triggers: Iterable[Any]) -> None:
+    """Refuse what would fail later, half dropped."""
+    # A source first: what is said of a target holds for a table that is both.
+    wanted = {Table(row.schema, row.table): False for row in triggers}
+    if registered is not None:
+        wanted |= dict.fromkeys(Places.from_json(registered.places).targets.values(), True)
+    rows = session.fetch(
+        "rollup.undroppable",
+        schemas=[table.schema for table in wanted],
+        names=[table.name for table in wanted],
+        targets=list(wanted.values()),
+    )
+    if foreign := [row.table for row in rows if row.foreign]:
+        raise ConfigurationError(
+            f"rollup.{name} cannot be dropped by this role, which does not own {', '.join(foreign)}; "
+            "connect as the owner, or as a member of it"
+        )
+    if depending := [f"{', '.join(row.dependants)} on {row.table}" for row in rows if row.dependants]:
+        raise BatchctlError(
+            f"rollup.{name} cannot be dropped, because something else depends on its tables: {'; '.join(depending)}"
+        )
 
 
 def _plan(session: Session, definition: Definition) -> _Plan:
     """Check one rollup against the database and list what is missing."""
     place = f"rollup.{definition.name}"
     registered = next((row for row in session.fetch("rollup.registered") if row.rollup == definition.name), None)
-    if registered is not None and (changes := differences(registered.definition, definition.as_json())):
+    before = dict(registered.definition) if registered is not None else definition.as_json()
+    if "dropping" in before:
+        raise ConfigurationError(
+            f"{place} is being dropped; run `batchctl migrate --drop {definition.name}` again, then `batchctl migrate`"
+        )
+    complete = registered is not None and not before.pop("unfinished", False)
+    if changes := differences(before, definition.as_json()):
         raise ConfigurationError(
             f"{place}: changed since it was migrated ({'; '.join(changes)}); `batchctl migrate --drop "
             f"{definition.name}` and then `batchctl migrate` rebuild it from the source"
         )
-    before = None if registered is None else Places.from_json(registered.places)
-    found = find(session, definition, before)
-    tracking, missed = _tracking(session, definition, found, again=registered is not None)
+    found = find(session, definition, None if registered is None else Places.from_json(registered.places))
+    steps, missed = tracking(session, definition, found, again=complete)
     source, time = found.places.source, definition.time
     warnings = []
     if not session.fetch_one("rollup.early_bins").correct:
@@ -166,109 +176,48 @@ def _plan(session: Session, definition: Definition) -> _Plan:
         )
     if registered is None:
         warnings.append(f"{place}: rows deleted from {source} leave the rollup too, also when old rows are purged")
-        creation = _creation(session, definition, found)
-        return _Plan((*tracking, creation), created=True, warnings=tuple(warnings))
-    if missed:
+        # Before the triggers, because what they note has to be somebody's work.
+        steps.insert(0, creation(session, definition, found))
+    if not complete:
+        steps.append(completion(session, definition.name))
+    elif missed:
         warnings.append(
             f"{place}: tracking was missing on {', '.join(missed)}; the next aggregate recomputes the history"
         )
-    return _Plan(tracking, created=False, warnings=tuple(warnings))
+    return _Plan(definition.name, found.places, tuple(steps), created=not complete, warnings=tuple(warnings))
 
 
-def _tracking(
-    session: Session, definition: Definition, found: Found, *, again: bool
-) -> tuple[tuple[_Step, ...], list[str]]:
-    """List the steps that install what is missing of the function and the triggers, and the tables that lacked some."""
-    function = _function(definition.name)
-    body = _body(session, definition)
-    present = session.fetch_one("rollup.find_function", function=function, schema_name=session.schema_name)
-    steps = []
-    if present is None or present.body != body:
-        steps.append(
-            _Step(
-                (
-                    session.statement(
-                        "rollup.create_function", function=sql.Identifier(function), body=_dollar_quoted(body)
-                    ),
-                    session.statement("rollup.close_function", function=sql.Identifier(function)),
+def _refuse_shared_targets(plans: Iterable[_Plan]) -> None:
+    """Refuse two tables under one name, which two spellings of it may hide in the configuration."""
+    owners: dict[Table, str] = {}
+    for plan in plans:
+        for grain, table in plan.places.targets.items():
+            owner = f"{plan.rollup}/{grain}"
+            if table in owners:
+                raise ConfigurationError(
+                    f"rollup.{plan.rollup}.target: {table} is the table of {owners[table]} and of {owner}; "
+                    "expected a table for each"
                 )
-            )
-        )
-    rows = session.fetch("rollup.find_triggers", function=function, schema_name=session.schema_name)
-    tracked = {(row.schema, row.table, row.trigger) for row in rows if row.enabled}
-    missed = []
-    for name in found.tables:
-        missing = [event for event in EVENTS if (*name, _trigger(session, definition, event)) not in tracked]
-        if not missing:
-            continue
-        missed.append(str(name))
-        statements = [
-            session.statement(
-                f"rollup.create_trigger_{event}",
-                trigger=sql.Identifier(_trigger(session, definition, event)),
-                table=sql.Identifier(*name),
-                function=sql.Identifier(function),
-            )
-            for event in missing
-        ]
-        if again:
-            statements.append(session.statement("rollup.forget_history", rollup=sql.Literal(definition.name)))
-        steps.append(_Step(tuple(statements), locks=str(name)))
-    return tuple(steps), missed
+            owners[table] = owner
 
 
-def _creation(session: Session, definition: Definition, found: Found) -> _Step:
-    """Make the tables and register the rollup in one transaction, so that a table of ours is always known as such."""
-    rollup = sql.Literal(definition.name)
-    statements = [session.statement("rollup.one_migration", rollup=rollup)]
-    for grain in definition.grains:
-        target = found.places.targets[grain.name]
-        statements.append(
-            session.statement(
-                "rollup.create_target",
-                target=sql.Identifier(*target),
-                columns=sql.SQL(",\n    ").join(
-                    sql.SQL("{} {}").format(sql.Identifier(column), compose.literally(kind))
-                    for column, kind in found.columns
-                ),
-                constraint=sql.Identifier(compose.constraint_name(target)),
-                key=compose.COMMA.join(map(sql.Identifier, definition.key)),
-            )
-        )
-        statements += _comments(session, definition, found.places, grain.name)
-    described = json.dumps({**definition.as_json(), "places": found.places.as_json()})
-    statements.append(session.statement("rollup.register", rollup=rollup, definition=sql.Literal(described)))
-    statements += [
-        session.statement("rollup.register_job", job=sql.Literal(definition.job(grain.name)))
-        for grain in definition.grains
-    ]
-    return _Step(tuple(statements), rollup=definition.name)
+def _exclude_others(session: Session) -> None:
+    # The lock is only ours, so no timeout that the role has for the application's sake may end the wait for it.
+    session.run(session.statement("rollup.set_lock_timeout", milliseconds=sql.Literal(0)))
+    session.run(_one_migration(session))
 
 
-def _comments(session: Session, definition: Definition, places: Places, grain: str) -> Iterable[sql.Composed]:
-    finer = definition.finer(grain)
-    origin = places.targets[finer.name] if finer else places.source
-    table = sql.Identifier(*places.targets[grain])
-    text = f"Rollup {definition.name}: {origin} in buckets of {grain}; kept by batchctl, not to be written by hand."
-    yield session.statement("rollup.comment_table", table=table, text=sql.Literal(text))
-    texts = {"bucket": f"Start of the bucket, which is {grain} long and does not hold its end; UTC."}
-    texts |= {name: f"Dimension {name} of {places.source}." for name in definition.dimensions}
-    for measure in definition.measures:
-        texts |= {part.column: f"{part.function}({part.expression})" for part in measure.parts}
-        texts[measure.name] = str(measure)
-    for column, comment in texts.items():
-        yield session.statement(
-            "rollup.comment_column", table=table, column=sql.Identifier(column), text=sql.Literal(comment)
-        )
+def _one_migration(session: Session) -> sql.Composed:
+    return session.statement("rollup.one_migration", name=sql.Literal(session.schema_name))
 
 
-def _apply(session: Session, step: _Step, clock: Clock, patience: float) -> None:
-    """Run a step in a transaction, again and again while a table that it locks is busy."""
+def _apply(session: Session, step: Step, clock: Clock, patience: float) -> bool:
+    """Run a step in a transaction, again and again while a table that it locks is busy; False if it is obsolete."""
     give_up = clock.monotonic() + patience
     while True:
         try:
             with session.transaction():
-                _run(session, step)
+                return _run(session, step)
         except BatchctlError as error:
             if getattr(error.__cause__, "sqlstate", None) not in LOCK_TIMEOUT:
                 raise
@@ -277,58 +226,26 @@ def _apply(session: Session, step: _Step, clock: Clock, patience: float) -> None
                     f"{step.locks} was locked for {patience:.0f} s, by a long transaction or another migration; what "
                     "was done so far stays. Run the command again when that has ended (pg_stat_activity shows it)"
                 ) from error
-        else:
-            return
         clock.sleep(PAUSE_SECONDS)
 
 
-def _run(session: Session, step: _Step) -> None:
+def _run(session: Session, step: Step) -> bool:
+    _exclude_others(session)
+    if step.registers and any(row.rollup == step.registers for row in session.fetch("rollup.registered")):
+        return False
     if step.locks:
         session.run(session.statement("rollup.set_lock_timeout", milliseconds=sql.Literal(LOCK_MILLISECONDS)))
-    first, *rest = step.statements
-    session.run(first)
-    # Another `migrate` may have been quicker while this one waited.
-    if step.rollup and any(row.rollup == step.rollup for row in session.fetch("rollup.registered")):
-        return
-    for statement in rest:
+    for statement in step.statements:
         session.run(statement)
+    return True
 
 
-def _text(steps: Iterable[_Step]) -> Iterable[str]:
+def _text(session: Session, steps: Iterable[Step]) -> Iterable[str]:
     for step in steps:
         yield "BEGIN;"
+        yield "SET LOCAL lock_timeout = 0;"
+        yield f"{_one_migration(session).as_string()};"
         if step.locks:
             yield f"SET LOCAL lock_timeout = {LOCK_MILLISECONDS};"
         yield from (f"{statement.as_string()};" for statement in step.statements)
         yield "COMMIT;"
-
-
-def _body(session: Session, definition: Definition) -> str:
-    finest = definition.finest
-    body = session.statement(
-        "rollup.capture_body",
-        rollup=sql.Literal(definition.name),
-        grain=sql.Literal(finest.name),
-        width=sql.SQL("interval {}").format(sql.Literal(f"{finest.seconds} seconds")),
-        time=sql.Identifier(definition.time),
-    )
-    return f"\n{body.as_string()}\n"
-
-
-def _dollar_quoted(body: str) -> sql.SQL:
-    tag = "$batchctl$"
-    while tag in body:
-        tag = f"{tag[:-1]}_$"
-    return compose.literally(f"{tag}{body}{tag}")
-
-
-def _function(rollup: str) -> str:
-    return compose.short(f"capture_{rollup}")
-
-
-def _trigger(session: Session, definition: Definition, event: str) -> str:
-    return compose.short(f"{session.schema_name}_{definition.name}_{event}")
-
-
-def _drop_trigger(session: Session, trigger: str, table: Table) -> sql.Composed:
-    return session.statement("rollup.drop_trigger", trigger=sql.Identifier(trigger), table=sql.Identifier(*table))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from batchctl.errors import ConfigurationError
@@ -25,7 +25,10 @@ LONGEST_NAME = 63
 ROWS_COLUMN = "batchctl_rows"
 """Carries the number of rows read through a refresh; never stored."""
 
-RESERVED = frozenset({"bucket", ROWS_COLUMN, "ctid", "xmin", "cmin", "xmax", "cmax", "tableoid"})
+ROW_COLUMN = "batchctl_row"
+"""Tells a stored row from a computed one in a refresh; never stored."""
+
+RESERVED = frozenset({"bucket", ROWS_COLUMN, ROW_COLUMN, "ctid", "xmin", "cmin", "xmax", "cmax", "tableoid"})
 
 CALL = re.compile(r"\s*([A-Za-z]+)\s*\((.*)\)\s*", re.DOTALL)
 TOKEN = re.compile(
@@ -171,18 +174,25 @@ class Places:
 
     source: Table
     targets: Mapping[str, Table]
+    averages: Mapping[str, str] = field(default_factory=dict, compare=False)
+    """The type that PostgreSQL gives to each average."""
 
     def __str__(self) -> str:
         return ", ".join(map(str, (self.source, *self.targets.values())))
 
     def as_json(self) -> dict[str, Any]:
         """Describe the tables for the registry."""
-        return {"source": list(self.source), "targets": {grain: list(table) for grain, table in self.targets.items()}}
+        return {
+            "source": list(self.source),
+            "targets": {grain: list(table) for grain, table in self.targets.items()},
+            "averages": dict(self.averages),
+        }
 
     @classmethod
     def from_json(cls, found: Mapping[str, Any]) -> Places:
         """Read what `as_json` wrote."""
-        return cls(Table(*found["source"]), {grain: Table(*table) for grain, table in found["targets"].items()})
+        targets = {grain: Table(*table) for grain, table in found["targets"].items()}
+        return cls(Table(*found["source"]), targets, found["averages"])
 
 
 def read_definitions(configuration: Configuration) -> tuple[Definition, ...]:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from batchctl.errors import BatchctlError, ConfigurationError, DatabaseUnavailableError
 from batchctl.rollup import compose
 from batchctl.rollup.definition import LONGEST_NAME, Places, Table
-from batchctl.state.database import sql
 
 if TYPE_CHECKING:
     from batchctl.rollup.definition import Definition, Measure
-    from batchctl.state.database import Session
+    from batchctl.state.database import Session, sql
 
 SOURCE_KINDS = ("r", "p")
 OTHER_KINDS = {"v": "a view", "m": "a materialized view", "f": "a foreign table", "S": "a sequence", "i": "an index"}
@@ -53,10 +52,12 @@ def find(session: Session, definition: Definition, before: Places | None) -> Fou
             f"back, or `batchctl migrate --drop {definition.name}` and then `batchctl migrate` rebuild it"
         )
     _check_targets(session, definition, places, ours=before is not None)
+    kinds = dict(_column_types(session, definition, columns, places))
+    averages = {measure.name: kinds[measure.name] for measure in definition.measures if measure.function == "avg"}
     return Found(
-        places,
+        replace(places, averages=averages),
         tuple(_tables(session, source, place)),
-        tuple(_column_types(session, definition, columns, places)),
+        tuple(kinds.items()),
         indexed=columns[definition.time].indexed,
     )
 
@@ -88,6 +89,11 @@ def _find_source(session: Session, definition: Definition, place: str) -> Any:
             f"{place}.source: {definition.source!r} is filled by logical replication, which fires no statement "
             "trigger; expected a table that is written here"
         )
+    if source.filtered:
+        raise ConfigurationError(
+            f"{place}.source: row-level security hides rows of {definition.source!r} from this role, so sums would be "
+            "too small; expected a role with BYPASSRLS, or the owner of the table without FORCE ROW LEVEL SECURITY"
+        )
     return source
 
 
@@ -102,6 +108,11 @@ def _check_columns(definition: Definition, columns: dict[str, Any], source: Any,
         raise ConfigurationError(
             f"{place}.time: {definition.time!r} is of type {columns[definition.time].type}; "
             "expected timestamp with time zone, because a bucket is an instant"
+        )
+    if columns[definition.time].virtual:
+        raise ConfigurationError(
+            f"{place}.time: {definition.time!r} is a virtual generated column, which triggers cannot read; "
+            "expected an ordinary or a stored generated one"
         )
 
 
@@ -128,6 +139,11 @@ def _check_targets(session: Session, definition: Definition, places: Places, *, 
         found = session.fetch_one("rollup.name_taken", schema_name=table.schema, table=table.name)
         if not found.schema:
             raise ConfigurationError(f"{place}.target: there is no schema {table.schema!r}; create it first")
+        if not found.writable and not ours:
+            raise ConfigurationError(
+                f"{place}.target: this role may not create {table}; GRANT CREATE ON SCHEMA {table.schema} to it, or "
+                "set another target"
+            )
         if found.relation and not ours:
             raise ConfigurationError(
                 f"{place}.target: {table} exists and was not made by batchctl for this rollup; expected a free name: "
@@ -172,21 +188,24 @@ def _column_types(
 
 
 def _measure_columns(session: Session, measure: Measure, source: sql.SQL, place: str) -> list[tuple[str, str]]:
-    calls = [(part.function, part.expression) for part in measure.parts]
+    text = str(measure)
+    found = [
+        (part.column, _type(session, compose.call(part.function, part.expression), source, place, text))
+        for part in measure.parts
+    ]
     if measure.function == "avg":
-        calls.append((measure.function, measure.expression))
-    wanted = compose.COMMA.join(sql.SQL("pg_typeof({})::text").format(compose.call(*call)) for call in calls)
-    statement = session.statement("rollup.measure_types", types=wanted, source=source)
-    types: list[str] = _try(session, statement, place, str(measure))[0].types
-    found = [(part.column, kind) for part, kind in zip(measure.parts, types, strict=False)]
-    if measure.function == "avg":
-        # PostgreSQL's own type for the average, so that the division of integers keeps its fraction.
-        total, count = (sql.Identifier(part.column) for part in measure.parts)
-        division = sql.SQL("({total}::{kind} / nullif({count}, 0))").format(
-            total=total, count=count, kind=compose.literally(types[-1])
-        )
-        found.append((measure.name, f"{types[-1]} GENERATED ALWAYS AS {division.as_string()} STORED"))
+        kind = _type(session, compose.call(measure.function, measure.expression), source, place, text)
+        if kind == "double precision":
+            total = measure.parts[0]
+            found[0] = (total.column, _type(session, compose.wide_sum(total.expression), source, place, text))
+        found.append((measure.name, kind))
     return found
+
+
+def _type(session: Session, call: sql.Composed, source: sql.SQL, place: str, text: str) -> str:
+    statement = session.statement("rollup.measure_type", call=call, source=source)
+    kind: str = _try(session, statement, place, text)[0].type
+    return kind
 
 
 def _try(session: Session, statement: sql.Composed, place: str, text: str) -> list[Any]:

@@ -8,7 +8,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from batchctl.errors import BatchctlError, ExitCode, UsageError
+from batchctl.errors import BatchctlError, ConfigurationError, DatabaseUnavailableError, ExitCode, UsageError
 from batchctl.guard.identity import identify
 from batchctl.guard.lock import Holder, acquire, lock_path, read_holder
 from batchctl.logs import elapsed, shown
@@ -65,17 +65,23 @@ class Aggregate:
     rebuild: Rebuild | None = None
     _open: ExitStack = field(default_factory=ExitStack)
     _store: Store | None = None
+    _refused: set[str] = field(default_factory=set)
 
     def run(self) -> tuple[GrainResult, ...]:
         """Bring each grain up to date, unless a guard forbids it.
 
         Raises:
             DatabaseUnavailableError: the database cannot be reached or was lost; what was committed stays.
-            ConfigurationError: a rollup is not migrated.
+            ConfigurationError: the schema does not fit this program.
         """
         begun = self.clock.monotonic()
         with self._open:
             return tuple(self._grain(definition, grain, begun) for definition, grain in self._wanted())
+
+    @property
+    def misconfigured(self) -> bool:
+        """Tell whether a grain failed for want of a change: a rollup that is not migrated, a right."""
+        return bool(self._refused)
 
     def waiting(self) -> tuple[tuple[str, str, int], ...]:
         """Count the closed dirty buckets of each grain (rollup, grain, buckets); change nothing."""
@@ -108,7 +114,14 @@ class Aggregate:
             holder = read_holder(path, self.clock, HOLDER_PATIENCE_SECONDS)
             return self._skip(log, definition, grain, "running", self._in_progress(holder))
         with lock:
-            return self._locked(log, definition, grain, begun)
+            # What is wrong with the database itself concerns every grain, and ends the call.
+            self._connected()
+            try:
+                return self._locked(log, definition, grain, begun)
+            except DatabaseUnavailableError:
+                raise
+            except BatchctlError as error:
+                return self._failed(log, definition, grain, error)
 
     def _locked(self, log: logging.Logger, definition: Definition, grain: str, begun: float) -> GrainResult:
         session = self._connected().session
@@ -120,6 +133,15 @@ class Aggregate:
                 definition.job(grain), str(result.reason), f"{grain} aggregation is running elsewhere", series=True
             )
         return result
+
+    def _failed(self, log: logging.Logger, definition: Definition, grain: str, error: BatchctlError) -> GrainResult:
+        reason = " ".join(str(error).split())
+        # Each grain of a rollup that is not migrated says the same.
+        if reason not in self._refused:
+            log.error("%s aggregation failed: %s", grain, reason)
+        if isinstance(error, ConfigurationError):
+            self._refused.add(reason)
+        return GrainResult(definition.name, grain, "failed", reason)
 
     def _connected(self) -> Store:
         if self._store is None:
@@ -146,8 +168,10 @@ class Aggregate:
         return GrainResult(definition.name, grain, "skipped", reason)
 
 
-def exit_code(results: Sequence[GrainResult], skip_exit_code: int) -> int:
+def exit_code(results: Sequence[GrainResult], skip_exit_code: int, *, misconfigured: bool = False) -> int:
     """Sum up a call: failed if any grain failed, skipped only if all were."""
+    if misconfigured:
+        return ExitCode.CONFIGURATION
     outcomes = {result.outcome for result in results}
     if "failed" in outcomes:
         return ExitCode.FAILED

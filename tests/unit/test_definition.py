@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -111,6 +112,7 @@ def test_how_a_measure_merges_upwards(function, merge):
         {"dimensions": ("events",)},
         {"measures": {"xmin": "min(x)"}},
         {"dimensions": ("batchctl_rows",)},
+        {"dimensions": ("batchctl_row",)},
         {"measures": {"m" * 60: "avg(x)"}},
         {"measures": {"": "count(*)"}},
         {"time": " "},
@@ -158,6 +160,10 @@ def test_a_change_is_named():
 def test_places_survive_the_registry():
     places = Places(Table("public", "fact_events"), {"1m": Table("public", "agg_1m")})
     assert Places.from_json(places.as_json()) == places
+    # Found anew by each `migrate`, and no reason to take the tables for others.
+    averages = {"price": "numeric"}
+    assert Places.from_json(replace(places, averages=averages).as_json()).averages == averages
+    assert replace(places, averages=averages) == places
 
 
 def test_events_are_counted_by_the_measure_that_counts_rows():

@@ -54,8 +54,15 @@ WHERE state.job = held.job
 
 -- name: hold
 -- The lock of a job, until the end of the transaction; it holds across hosts and behind a transaction pooler.
--- Compiling a chunk's statement to machine code takes longer (0.1 s) than running it.
-SELECT job, set_config('jit', 'off', true) FROM {schema}.state WHERE job = %(job)s FOR UPDATE SKIP LOCKED
+SELECT job FROM {schema}.state WHERE job = %(job)s FOR UPDATE SKIP LOCKED
+
+-- name: steady
+-- What a transaction reads must not depend on its role or host: rows that a policy hides are an error rather than a
+-- smaller sum, and casts of times are in UTC. Compiling a chunk's statement takes longer (0.1 s) than running it.
+SELECT
+    set_config('row_security', 'off', true) AS row_security,
+    set_config('TimeZone', 'UTC', true) AS time_zone,
+    set_config('jit', 'off', true) AS jit
 
 -- name: claim_history
 -- The right to queue the history, for one session at a time.
@@ -108,12 +115,14 @@ WITH picked AS MATERIALIZED (
     SELECT DISTINCT bucket FROM {schema}.dirty_bucket
     WHERE rollup = %(rollup)s AND grain = %(grain)s
         AND bucket > '-infinity' AND bucket <= now() - make_interval(secs => %(closed_after)s)
+        AND bucket < coalesce(to_timestamp(%(below)s::float8), 'infinity')
     ORDER BY bucket DESC
     LIMIT %(chunk_buckets)s
 ), taken AS (
     DELETE FROM {schema}.dirty_bucket
     WHERE rollup = %(rollup)s AND grain = %(grain)s
         AND bucket >= (SELECT min(bucket) FROM picked) AND bucket <= now() - make_interval(secs => %(closed_after)s)
+        AND bucket < coalesce(to_timestamp(%(below)s::float8), 'infinity')
     RETURNING bucket
 )
 SELECT DISTINCT
@@ -154,23 +163,23 @@ CROSS JOIN LATERAL (
 WITH fresh ({columns}, {rows}) AS MATERIALIZED (
     {read}
 ), written AS (
-    INSERT INTO {target} AS kept ({columns})
-    SELECT {columns} FROM fresh ORDER BY {key}
+    INSERT INTO {target} AS kept ({columns}{averages})
+    SELECT {columns}{divisions} FROM fresh ORDER BY {key}
     ON CONFLICT ON CONSTRAINT {constraint} DO UPDATE SET {assignments}
     WHERE ROW({kept}) IS DISTINCT FROM ROW({excluded})
     RETURNING kept.bucket
 ), gone AS MATERIALIZED (
-    SELECT min(row_id) AS row_id
+    SELECT min({row}) AS {row}
     FROM (
-        SELECT {key}, ctid AS row_id FROM {target}
+        SELECT {key}, ctid AS {row} FROM {target}
         WHERE bucket = ANY (ARRAY(SELECT to_timestamp(second) FROM unnest(%(buckets)s::bigint[]) AS second))
         UNION ALL
         SELECT {key}, NULL FROM fresh
     ) AS both_sides
     GROUP BY {key}
-    HAVING count(*) = count(row_id)
+    HAVING count(*) = count({row})
 ), removed AS (
-    DELETE FROM {target} WHERE ctid = ANY (ARRAY(SELECT row_id FROM gone)) RETURNING bucket
+    DELETE FROM {target} WHERE ctid = ANY (ARRAY(SELECT {row} FROM gone)) RETURNING bucket
 ){mark}
 SELECT
     (SELECT count(*) FROM written) AS rows_written,
@@ -200,7 +209,8 @@ ORDER BY rollup
 SELECT
     class.oid::bigint AS oid, namespace.nspname AS schema, class.relname AS name, class.relkind::text AS kind,
     (SELECT inhparent::regclass::text FROM pg_inherits WHERE inhrelid = class.oid LIMIT 1) AS parent,
-    EXISTS (SELECT FROM pg_subscription_rel WHERE srrelid = class.oid) AS subscribed
+    EXISTS (SELECT FROM pg_subscription_rel WHERE srrelid = class.oid) AS subscribed,
+    row_security_active(class.oid) AS filtered
 FROM pg_class AS class
 JOIN pg_namespace AS namespace ON namespace.oid = class.relnamespace
 WHERE class.oid = to_regclass(%(table)s)
@@ -214,6 +224,7 @@ SELECT date_bin('1 hour', '1999-12-31 23:00:00+00', '2000-01-01 00:00:00+00') = 
 SELECT
     attribute.attname AS name,
     attribute.atttypid = 'timestamptz'::regtype AS instant,
+    attribute.attgenerated = 'v' AS virtual,
     format_type(attribute.atttypid, attribute.atttypmod)
         || CASE
             WHEN attribute.attcollation <> type.typcollation
@@ -255,6 +266,7 @@ SELECT parse_ident(%(text)s) AS parts
 -- What exists under a name.
 SELECT
     EXISTS (SELECT FROM pg_namespace WHERE nspname = %(schema_name)s) AS schema,
+    (SELECT has_schema_privilege(oid, 'CREATE') FROM pg_namespace WHERE nspname = %(schema_name)s) AS writable,
     EXISTS (
         SELECT FROM pg_class JOIN pg_namespace AS namespace ON namespace.oid = relnamespace
         WHERE relname = %(table)s AND nspname = %(schema_name)s
@@ -282,9 +294,27 @@ ORDER BY namespace.nspname, class.relname, tgname
 -- Compiles the filter, without reading a row.
 SELECT count(*) FROM {source} WHERE false{where}
 
--- name: measure_types
--- Compiles a measure and reads the types of its columns, without reading a row.
-SELECT ARRAY[{types}] AS types FROM {source} WHERE false
+-- name: measure_type
+-- Compiles an aggregate and reads its type as a new table would spell it, without reading a row. Another collation than
+-- the type's own has to be kept, or the coarser grains would compare by another order.
+SELECT
+    format_type(type.oid, -1)
+        || CASE
+            WHEN type.typcollation <> 0
+                THEN coalesce(
+                    (
+                        SELECT format(' COLLATE %%I.%%I', namespace.nspname, collname)
+                        FROM pg_collation
+                        JOIN pg_namespace AS namespace ON namespace.oid = collnamespace
+                        WHERE pg_collation.oid = to_regcollation(pg_collation_for(compiled.value))
+                            AND pg_collation.oid <> type.typcollation
+                    ),
+                    ''
+                )
+            ELSE ''
+        END AS type
+FROM (SELECT {call} AS value FROM {source} WHERE false) AS compiled
+JOIN pg_type AS type ON type.oid = pg_typeof(compiled.value)
 
 -- name: group_rows
 -- Compiles the grouping, without reading a row.
@@ -292,6 +322,8 @@ SELECT 1 FROM {source} WHERE false GROUP BY {columns} ORDER BY {columns}
 
 -- name: capture_body
 -- Body of the trigger function: appends the buckets that a statement touched, in the writer's own transaction.
+-- The time column may be called like a variable of the language (new, found).
+#variable_conflict use_column
 BEGIN
     IF TG_OP = 'INSERT' THEN
         INSERT INTO {schema}.dirty_bucket (rollup, grain, bucket)
@@ -347,6 +379,17 @@ FOR EACH STATEMENT EXECUTE FUNCTION {schema}.{function}()
 CREATE OR REPLACE TRIGGER {trigger} AFTER TRUNCATE ON {table}
 FOR EACH STATEMENT EXECUTE FUNCTION {schema}.{function}()
 
+-- name: find_strange_triggers
+-- Triggers of a table that do not call a function of ours.
+SELECT tgname AS trigger
+FROM pg_trigger
+JOIN pg_proc ON pg_proc.oid = tgfoid
+JOIN pg_namespace AS home ON home.oid = pronamespace
+JOIN pg_class AS class ON class.oid = tgrelid
+JOIN pg_namespace AS namespace ON namespace.oid = class.relnamespace
+WHERE namespace.nspname = %(table_schema)s AND class.relname = %(table)s
+    AND (proname, home.nspname) <> (%(function)s, %(schema_name)s)
+
 -- name: drop_trigger
 DROP TRIGGER IF EXISTS {trigger} ON {table}
 
@@ -357,6 +400,10 @@ CREATE TABLE {target} (
     CONSTRAINT {constraint} UNIQUE NULLS NOT DISTINCT ({key})
 )
 
+-- name: identify_target
+-- A publication of all tables would otherwise refuse every change here. The key will not do, its columns may be NULL.
+ALTER TABLE {target} REPLICA IDENTITY FULL
+
 -- name: comment_table
 COMMENT ON TABLE {table} IS {text}
 
@@ -364,15 +411,23 @@ COMMENT ON TABLE {table} IS {text}
 COMMENT ON COLUMN {table}.{column} IS {text}
 
 -- name: register
--- The last step: from here on ticks take the rollup for ready.
+-- In the transaction that makes the tables, so that they are known as ours. Ticks wait for the triggers.
 INSERT INTO {schema}.rollup (rollup, definition) VALUES ({rollup}, {definition})
+
+-- name: allow_ticks
+-- The last step: every change is captured, so the history can be queued.
+UPDATE {schema}.rollup SET definition = definition - 'unfinished' WHERE rollup = {rollup}
 
 -- name: register_job
 INSERT INTO {schema}.state (job) VALUES ({job}) ON CONFLICT DO NOTHING
 
 -- name: forget_history
--- A table that had no triggers may have changed unseen, so everything is queued again.
-UPDATE {schema}.rollup SET history_queued_at = NULL WHERE rollup = {rollup}
+-- A table that had no triggers may have changed unseen, so everything is queued again: what the source holds, and by the
+-- mark also what it no longer does.
+WITH forgotten AS (
+    UPDATE {schema}.rollup SET history_queued_at = NULL WHERE rollup = {rollup} RETURNING rollup
+)
+INSERT INTO {schema}.dirty_bucket (rollup, grain, bucket) SELECT rollup, {grain}, '-infinity' FROM forgotten
 
 -- name: refuse_ticks
 -- A rollup on its way out no longer fits its configuration, so no tick takes missing triggers for quiet.
@@ -397,5 +452,32 @@ DELETE FROM {schema}.rollup WHERE rollup = {rollup}
 SET LOCAL lock_timeout = {milliseconds}
 
 -- name: one_migration
--- One `migrate` at a time makes the tables of a rollup.
-SELECT pg_advisory_xact_lock(hashtextextended('batchctl rollup ' || {rollup}, 0))
+-- One `migrate` at a time looks and changes, so that what it finds half made is nobody's work in progress.
+SELECT pg_advisory_xact_lock(hashtextextended('batchctl rollups ' || {name}, 0))
+
+-- name: undroppable
+-- Why tables cannot be dropped (or, without their targets, lose their triggers): the owner, and what depends on them.
+SELECT
+    wanted.schema || '.' || wanted.name AS table,
+    NOT (
+        pg_has_role(class.relowner, 'USAGE') OR (wanted.target AND pg_has_role(namespace.nspowner, 'USAGE'))
+    ) AS foreign,
+    CASE WHEN wanted.target THEN ARRAY(
+        SELECT DISTINCT
+            CASE
+                WHEN ev_class IS NULL THEN pg_describe_object(classid, objid, 0)
+                ELSE pg_describe_object('pg_class'::regclass, ev_class, 0)
+            END
+        FROM pg_depend
+        LEFT JOIN pg_rewrite ON classid = 'pg_rewrite'::regclass AND pg_rewrite.oid = objid
+        WHERE deptype = 'n'
+            AND (
+                (refclassid = 'pg_class'::regclass AND refobjid = class.oid)
+                OR (refclassid = 'pg_type'::regclass AND refobjid = class.reltype)
+            )
+        ORDER BY 1
+    ) ELSE '{{}}' END AS dependants
+FROM unnest(%(schemas)s::text[], %(names)s::text[], %(targets)s::boolean[]) AS wanted (schema, name, target)
+JOIN pg_namespace AS namespace ON namespace.nspname = wanted.schema
+JOIN pg_class AS class ON class.relname = wanted.name AND class.relnamespace = namespace.oid
+ORDER BY 1

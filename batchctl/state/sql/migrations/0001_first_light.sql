@@ -140,6 +140,8 @@ CREATE TABLE {schema}.dirty_bucket (
     bucket  timestamptz NOT NULL
 );
 -- No unique index: writers of events append here in their own transactions and must never wait for each other.
+-- Without a key, a publication of all tables would refuse every delete here.
+ALTER TABLE {schema}.dirty_bucket REPLICA IDENTITY FULL;
 CREATE INDEX dirty_bucket_queue ON {schema}.dirty_bucket (rollup, grain, bucket);
 COMMENT ON TABLE  {schema}.dirty_bucket        IS 'Queue of buckets whose source changed since they were last computed.';
 COMMENT ON COLUMN {schema}.dirty_bucket.rollup IS 'The rollup.';

@@ -1,0 +1,194 @@
+"""Composes what a rollup needs in the database: tables, trigger function, triggers, and their end."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from batchctl.errors import ConfigurationError
+from batchctl.rollup import compose
+from batchctl.rollup.definition import Places, Table
+from batchctl.state.database import sql
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from batchctl.rollup.definition import Definition
+    from batchctl.rollup.source import Found
+    from batchctl.state.database import Session
+
+EVENTS = ("insert", "update", "delete", "truncate")
+
+
+@dataclass(frozen=True)
+class Step:
+    """Statements of one transaction."""
+
+    statements: tuple[sql.Composed, ...]
+    locks: str = ""
+    """The table of the application that they lock."""
+    registers: str = ""
+    """The rollup that they register; nothing is left to do if another did."""
+
+
+def creation(session: Session, definition: Definition, found: Found) -> Step:
+    """Make the tables and register the rollup in one transaction, so that a table of ours is always known as such."""
+    rollup = sql.Literal(definition.name)
+    statements = []
+    for grain in definition.grains:
+        target = found.places.targets[grain.name]
+        statements.append(
+            session.statement(
+                "rollup.create_target",
+                target=sql.Identifier(*target),
+                columns=sql.SQL(",\n    ").join(
+                    sql.SQL("{} {}").format(sql.Identifier(column), compose.literally(kind))
+                    for column, kind in found.columns
+                ),
+                constraint=sql.Identifier(compose.constraint_name(target)),
+                key=compose.COMMA.join(map(sql.Identifier, definition.key)),
+            )
+        )
+        statements.append(session.statement("rollup.identify_target", target=sql.Identifier(*target)))
+        statements += _comments(session, definition, found.places, grain.name)
+    described = {**definition.as_json(), "places": found.places.as_json(), "unfinished": True}
+    statements.append(
+        session.statement("rollup.register", rollup=rollup, definition=sql.Literal(json.dumps(described)))
+    )
+    statements += [
+        session.statement("rollup.register_job", job=sql.Literal(definition.job(grain.name)))
+        for grain in definition.grains
+    ]
+    return Step(tuple(statements), registers=definition.name)
+
+
+def tracking(session: Session, definition: Definition, found: Found, *, again: bool) -> tuple[list[Step], list[str]]:
+    """List the steps that install what is missing of the function and the triggers, and the tables that lacked some.
+
+    Args:
+        session: An open session.
+        definition: The rollup.
+        found: What the database says about it.
+        again: True if it was complete before, so that changes may have been missed.
+
+    Raises:
+        ConfigurationError: a trigger of somebody else has a name that we need.
+    """
+    function = compose.function_name(definition.name)
+    body = _body(session, definition)
+    ours: dict[str, Any] = {"function": function, "schema_name": session.schema_name}
+    present = session.fetch_one("rollup.find_function", **ours)
+    steps = []
+    if present is None or present.body != body:
+        identifier = sql.Identifier(function)
+        create = session.statement("rollup.create_function", function=identifier, body=_dollar_quoted(body))
+        steps.append(Step((create, session.statement("rollup.close_function", function=identifier))))
+    tracked = {
+        (row.schema, row.table, row.trigger) for row in session.fetch("rollup.find_triggers", **ours) if row.enabled
+    }
+    names = {event: compose.trigger_name(session.schema_name, definition.name, event) for event in EVENTS}
+    missed = []
+    for table in found.tables:
+        missing = [event for event in EVENTS if (*table, names[event]) not in tracked]
+        if not missing:
+            continue
+        missed.append(str(table))
+        strange = session.fetch("rollup.find_strange_triggers", table_schema=table.schema, table=table.name, **ours)
+        if taken := {row.trigger for row in strange} & set(names.values()):
+            raise ConfigurationError(
+                f"rollup.{definition.name}: {table} has a trigger {min(taken)} that was not made by batchctl for this "
+                "rollup; rename that trigger"
+            )
+        statements = [
+            session.statement(
+                f"rollup.create_trigger_{event}",
+                trigger=sql.Identifier(names[event]),
+                table=sql.Identifier(*table),
+                function=sql.Identifier(function),
+            )
+            for event in missing
+        ]
+        if again:
+            statements.append(
+                session.statement(
+                    "rollup.forget_history",
+                    rollup=sql.Literal(definition.name),
+                    grain=sql.Literal(definition.finest.name),
+                )
+            )
+        steps.append(Step(tuple(statements), locks=str(table)))
+    return steps, missed
+
+
+def completion(session: Session, rollup: str) -> Step:
+    """Let ticks begin, as the last step of a new rollup."""
+    return Step((session.statement("rollup.allow_ticks", rollup=sql.Literal(rollup)),))
+
+
+def removal(session: Session, name: str, registered: Any, triggers: Iterable[Any]) -> list[Step]:
+    """List the steps that take a rollup away.
+
+    Args:
+        session: An open session.
+        name: The rollup.
+        registered: Its row of the registry, None if that is gone already.
+        triggers: Those that call its function.
+    """
+    rollup = sql.Literal(name)
+    steps = []
+    if registered is not None:
+        steps.append(Step((session.statement("rollup.refuse_ticks", rollup=rollup),)))
+    tables: dict[Table, list[sql.Composed]] = {}
+    for row in triggers:
+        table = Table(row.schema, row.table)
+        tables.setdefault(table, []).append(
+            session.statement("rollup.drop_trigger", trigger=sql.Identifier(row.trigger), table=sql.Identifier(*table))
+        )
+    steps += [Step(tuple(statements), locks=str(table)) for table, statements in tables.items()]
+    last = [session.statement("rollup.drop_function", function=sql.Identifier(compose.function_name(name)))]
+    if registered is not None:
+        targets = Places.from_json(registered.places).targets
+        last += [session.statement("rollup.drop_target", table=sql.Identifier(*table)) for table in targets.values()]
+        last += [
+            session.statement("rollup.forget_job", job=sql.Literal(f"{name}/{grain}"))
+            for grain in registered.definition["grains"]
+        ]
+    last += [session.statement(f"rollup.{key}", rollup=rollup) for key in ("forget_queue", "forget")]
+    return [*steps, Step(tuple(last), locks=f"the tables of rollup.{name}")]
+
+
+def _comments(session: Session, definition: Definition, places: Places, grain: str) -> Iterable[sql.Composed]:
+    finer = definition.finer(grain)
+    origin = places.targets[finer.name] if finer else places.source
+    table = sql.Identifier(*places.targets[grain])
+    text = f"Rollup {definition.name}: {origin} in buckets of {grain}; kept by batchctl, not to be written by hand."
+    yield session.statement("rollup.comment_table", table=table, text=sql.Literal(text))
+    texts = {"bucket": f"Start of the bucket, which is {grain} long and does not hold its end; UTC."}
+    texts |= {name: f"Dimension {name} of {places.source}." for name in definition.dimensions}
+    for measure in definition.measures:
+        texts |= {part.column: f"{part.function}({part.expression})" for part in measure.parts}
+        texts[measure.name] = str(measure)
+    for column, comment in texts.items():
+        yield session.statement(
+            "rollup.comment_column", table=table, column=sql.Identifier(column), text=sql.Literal(comment)
+        )
+
+
+def _body(session: Session, definition: Definition) -> str:
+    finest = definition.finest
+    body = session.statement(
+        "rollup.capture_body",
+        rollup=sql.Literal(definition.name),
+        grain=sql.Literal(finest.name),
+        width=sql.SQL("interval {}").format(sql.Literal(f"{finest.seconds} seconds")),
+        time=sql.Identifier(definition.time),
+    )
+    return f"\n{body.as_string()}\n"
+
+
+def _dollar_quoted(body: str) -> sql.SQL:
+    tag = "$batchctl$"
+    while tag in body:
+        tag = f"{tag[:-1]}_$"
+    return compose.literally(f"{tag}{body}{tag}")
