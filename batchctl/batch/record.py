@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import queue
 import threading
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any
 
 from batchctl.errors import BatchctlError, DatabaseUnavailableError
+from batchctl.state.within import within
 
 if TYPE_CHECKING:
     import logging
@@ -17,38 +17,8 @@ if TYPE_CHECKING:
     from batchctl.state.journal import Journal
     from batchctl.state.store import Store
 
-Result = TypeVar("Result")
-
 WRITE_LIMIT_SECONDS = 5.0
 """How long a record may take; a step is waiting behind it."""
-
-
-def within(seconds: float, action: Callable[[], Result]) -> Result:
-    """Do something, but do not wait for it longer than that.
-
-    The server's own time limits are of no use against a server that hangs, and a step or a skip must not hang with it.
-    What is given up may still happen, so it has to be something that may be repeated.
-
-    Raises:
-        DatabaseUnavailableError: it took longer.
-        BatchctlError: what the action raised.
-    """
-    done: queue.SimpleQueue[tuple[Result | None, BaseException | None]] = queue.SimpleQueue()
-
-    def work() -> None:
-        try:
-            done.put((action(), None))
-        except BaseException as error:  # noqa: BLE001 - raised again by whoever waits
-            done.put((None, error))
-
-    threading.Thread(target=work, daemon=True, name="record").start()
-    try:
-        result, error = done.get(timeout=seconds)
-    except queue.Empty:
-        raise DatabaseUnavailableError(f"the database did not answer within {seconds:g}s") from None
-    if error is not None:
-        raise error
-    return cast("Result", result)
 
 
 class Recorder:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from batchctl.batch.guards import INTERRUPTED, Guards, Skip, listed
 from batchctl.batch.process import Interruption
-from batchctl.batch.record import Recorder, within
+from batchctl.batch.record import Recorder
 from batchctl.batch.result import RunResult, StepResult
 from batchctl.batch.runner import Runner, RunSetting
 from batchctl.errors import BatchctlError
@@ -22,6 +22,7 @@ from batchctl.guard.identity import ProcessIdentity, identify
 from batchctl.guard.liveness import Orphan, RunLock, marked_processes
 from batchctl.guard.lock import Holder, acquire, lock_path, read_holder
 from batchctl.logs import elapsed, shown
+from batchctl.state.within import within
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping

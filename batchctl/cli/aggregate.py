@@ -56,6 +56,7 @@ def aggregate(
         clock=session.clock,
         logger=session.logger,
         connect=functools.partial(_look, session) if dry_run else session.connect,
+        journal=lambda: session.journal,
         rebuild=span,
     )
     if dry_run:

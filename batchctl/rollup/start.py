@@ -6,7 +6,7 @@ import os
 import socket
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from batchctl.errors import BatchctlError, ConfigurationError, DatabaseUnavailableError, ExitCode, UsageError
 from batchctl.guard.identity import identify
@@ -14,6 +14,7 @@ from batchctl.guard.lock import Holder, acquire, lock_path, read_holder
 from batchctl.logs import elapsed, shown
 from batchctl.rollup.refresh import GrainResult, rebuild, tick, waiting
 from batchctl.schedule.cron import inside_hours
+from batchctl.state.within import within
 
 if TYPE_CHECKING:
     import logging
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from batchctl.clock import Clock
     from batchctl.config import Configuration
     from batchctl.rollup.definition import Definition
+    from batchctl.state.journal import Journal
     from batchctl.state.store import Store
 
 SKIP_LIMIT_SECONDS = 2.0
@@ -40,6 +42,12 @@ class Rebuild:
     end: datetime
 
 
+class _Skip(NamedTuple):
+    job: str
+    reason: str
+    detail: str
+
+
 @dataclass
 class Aggregate:
     """One call of aggregate.
@@ -52,6 +60,7 @@ class Aggregate:
         clock: For durations and the budget; what is closed is decided by the database's clock.
         logger: Makes the logger of a rollup.
         connect: Opens a store for a block.
+        journal: Names the journal, which keeps what the database cannot be told.
         rebuild: A range to be queued first.
     """
 
@@ -62,10 +71,12 @@ class Aggregate:
     clock: Clock
     logger: Callable[[str], logging.Logger]
     connect: Callable[..., AbstractContextManager[Store]]
+    journal: Callable[[], Journal]
     rebuild: Rebuild | None = None
     _open: ExitStack = field(default_factory=ExitStack)
     _store: Store | None = None
     _refused: set[str] = field(default_factory=set)
+    _skips: list[_Skip] = field(default_factory=list)
 
     def run(self) -> tuple[GrainResult, ...]:
         """Bring each grain up to date, unless a guard forbids it.
@@ -76,7 +87,10 @@ class Aggregate:
         """
         begun = self.clock.monotonic()
         with self._open:
-            return tuple(self._grain(definition, grain, begun) for definition, grain in self._wanted())
+            try:
+                return tuple(self._grain(definition, grain, begun) for definition, grain in self._wanted())
+            finally:
+                self._record_skips()
 
     @property
     def misconfigured(self) -> bool:
@@ -129,9 +143,8 @@ class Aggregate:
             rebuild(session, definition, grain, self.rebuild.start, self.rebuild.end)
         result = tick(session, definition, grain, self.clock, log, deadline=begun + definition.budget_seconds)
         if result.outcome == "skipped":
-            self._connected().record_skip(
-                definition.job(grain), str(result.reason), f"{grain} aggregation is running elsewhere", series=True
-            )
+            message = f"{grain} aggregation is running elsewhere"
+            self._skips.append(_Skip(definition.job(grain), str(result.reason), message))
         return result
 
     def _failed(self, log: logging.Logger, definition: Definition, grain: str, error: BatchctlError) -> GrainResult:
@@ -158,14 +171,30 @@ class Aggregate:
     def _skip(self, log: logging.Logger, definition: Definition, grain: str, reason: str, what: str) -> GrainResult:
         message = f"{grain} aggregation {what}. Skipped."
         log.warning(message)
-        # A skip is never an error: what cannot be recorded is in the log.
-        with suppress(BatchctlError):
-            if self._store is not None:
-                self._store.record_skip(definition.job(grain), reason, message, series=True)
-            else:
-                with self.connect(limit=SKIP_LIMIT_SECONDS, start_server=False) as store:
-                    store.record_skip(definition.job(grain), reason, message, series=True)
+        self._skips.append(_Skip(definition.job(grain), reason, message))
         return GrainResult(definition.name, grain, "skipped", reason)
+
+    def _record_skips(self) -> None:
+        """Record all skips of the call; one that the lock decided does not wait for a slow or dead database."""
+        try:
+            if self._store is not None:
+                self._record_in(self._store)
+            elif self._skips:
+                within(SKIP_LIMIT_SECONDS, self._record_apart)
+        except BatchctlError:
+            at = self.clock.now().isoformat()
+            # A skip is never an error: what cannot even be journaled is in the log.
+            with suppress(BatchctlError):
+                for skip in self._skips:
+                    self.journal().append("skip", {**skip._asdict(), "at": at})
+
+    def _record_apart(self) -> None:
+        with self.connect(limit=SKIP_LIMIT_SECONDS, start_server=False) as store:
+            self._record_in(store)
+
+    def _record_in(self, store: Store) -> None:
+        for skip in self._skips:
+            store.record_skip(*skip, series=True)
 
 
 def exit_code(results: Sequence[GrainResult], skip_exit_code: int, *, misconfigured: bool = False) -> int:

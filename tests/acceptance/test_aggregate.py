@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import socket
 import time
+from contextlib import ExitStack
 from datetime import UTC, datetime
 
 import psycopg
@@ -75,6 +77,19 @@ def test_a_grain_that_is_locked_is_skipped_and_the_others_go_on(trend):
     entries = trend.json("history")["entries"]
     assert [(entry["job"], entry["reason"], entry["count"]) for entry in entries] == [("trend/5m", "running", 3)]
     assert trend.json("aggregate", "--grain", "5m")["rollups"][0]["rows_written"] == 1
+
+
+def test_skips_do_not_wait_for_a_database_that_hangs(trend):
+    with ExitStack() as stack, socket.create_server(("127.0.0.1", 0)) as silent:
+        for grain in ("1m", "5m", "1h"):
+            path = lock_path(trend.directory / "state", f"rollup.trend.{grain}")
+            stack.enter_context(acquire(path, Holder("here", *identify(os.getpid()), datetime.now(UTC))))
+        trend.environment = {"BATCHCTL_DATABASE_URL": f"postgresql://a@127.0.0.1:{silent.getsockname()[1]}/b"}
+        began = time.monotonic()
+        assert {grain["reason"] for grain in trend.json("aggregate", code=75)["rollups"]} == {"running"}
+        assert time.monotonic() - began < 6
+    (journal,) = (trend.directory / "state" / "journal").glob("*.jsonl")
+    assert len(journal.read_text().splitlines()) == 3
 
 
 def test_a_grain_that_another_host_works_on_is_skipped(trend):

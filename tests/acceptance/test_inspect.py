@@ -54,16 +54,15 @@ def test_status_before_during_and_after_a_run(batchctl):
 
 
 def test_status_does_not_believe_a_row_of_a_dead_run(batchctl):
-    batchctl.configure(batch([("31", "touch started; exec sleep 300")]))
+    batchctl.configure(batch([("31", "echo $$ >step.pid; exec sleep 300")]))
     process = batchctl.start("run-batch", start_new_session=True)
-    wait_for((batchctl.directory / "started").exists)
+    path = batchctl.directory / "step.pid"
+    pid = int(wait_for(lambda: path.exists() and path.read_text()))
     process.kill()
     process.communicate()
     assert batchctl.json("status")["jobs"][0]["state"] == "idle"
     for line in batchctl("history").stdout.splitlines()[1:]:
         assert "no end yet" in line
-    with psycopg.connect(batchctl.url) as connection:
-        (pid,) = connection.execute("SELECT pid FROM batchctl.step_run").fetchone()
     os.kill(pid, signal.SIGKILL)
 
 
