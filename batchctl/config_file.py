@@ -110,7 +110,7 @@ def load(path: Path, environment: Mapping[str, str]) -> Configuration:
     except UnicodeDecodeError as error:
         raise ConfigurationError(f"{path}: byte {error.start} is not UTF-8, which TOML requires") from error
     except tomllib.TOMLDecodeError as error:
-        raise ConfigurationError(f"{path}: not valid TOML: {error}") from error
+        raise ConfigurationError(f"{path.absolute()}: not valid TOML: {error}") from error
     return decode(data, path.resolve(), environment)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import uuid
 from pathlib import Path
 
@@ -18,6 +19,12 @@ from batchctl.state.embedded import EmbeddedServer
 for name in [name for name in os.environ if name.startswith(("BATCHCTL_", "PG"))]:
     if name not in ("BATCHCTL_REQUIRE_ALL", "BATCHCTL_RETAIL_CSV", "BATCHCTL_RETAIL_ROWS", "BATCHCTL_TEST_SEED"):
         del os.environ[name]
+
+
+# Whoever started the tests in the background may have had these ignored, and what is ignored is inherited.
+for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, signal.SIG_DFL)
 
 
 def _installed_servers() -> list[Path]:

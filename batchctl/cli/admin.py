@@ -62,7 +62,7 @@ def migrate(
             statements, warnings = made.statements, made.warnings
             done = [f"Made the tables and triggers of {name}." for name in made.created]
     if dry_run:
-        render.statements([*upgraded.statements, *statements])
+        render.statements([*upgraded.statements, *statements] or ["-- Nothing to do"])
     lines = [*(f"Applied {name}." for name in upgraded.names), *done]
     render.migrated(lines or ["Nothing to do."], warnings, shown=session.shows_results and not dry_run)
     return 0

@@ -30,6 +30,7 @@ class LiveRun:
         self._began: dict[tuple[str, str], float] = {}
         self._spinners: dict[tuple[str, str], Spinner] = {}
         self._live: Live | None = None
+        self._over = False
 
     def update(self, result: StepResult) -> None:
         """Take in what a step has become."""
@@ -44,6 +45,7 @@ class LiveRun:
 
     def close(self) -> None:
         """Leave the last state on the screen."""
+        self._over = True
         if self._live is not None:
             self._live.stop()
 
@@ -51,7 +53,7 @@ class LiveRun:
         table = Table("account", "step", "", "time", box=None, pad_edge=False, header_style="bold")
         for (account, step), result in self._rows.items():
             if result is None:
-                table.add_row(account, step, Text("waiting", "dim"), "")
+                table.add_row(account, step, Text("not run" if self._over else "waiting", "dim"), "")
             elif result.running:
                 passed = elapsed(self._clock.monotonic() - self._began[account, step])
                 table.add_row(account, step, self._spinners[account, step], passed)

@@ -48,7 +48,11 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         from rich.console import Console
         from rich.table import Table
 
-        shown_table = Table(*columns, box=None, pad_edge=False, header_style="bold")
+        shown_table = Table(box=None, pad_edge=False, header_style="bold")
+        for column in columns[:-1]:
+            shown_table.add_column(column, no_wrap=True)
+        # Only the last column, which has the sentences, takes what is left.
+        shown_table.add_column(columns[-1], overflow="fold")
         for row in rows:
             shown_table.add_row(*(cell.replace("[", r"\[") for cell in row))
         Console().print(shown_table)

@@ -79,7 +79,7 @@ def refresh_chunk(work: Work, limit: int, below: int | None, clock: Clock, log: 
         limit: How many buckets.
         below: A bucket that is left queued with all that are newer, None for none.
         clock: Measures the duration.
-        log: Takes the lines of the contract.
+        log: Takes the lines.
     """
     at, begun = clock.now(), clock.monotonic()
     buckets: tuple[tuple[int, str], ...] = ()

@@ -88,7 +88,7 @@ def tick(
         definition: The rollup.
         grain: Name of the grain.
         clock: Measures durations and the deadline.
-        log: Takes the lines of the contract; a line about a start carries its time as `at`.
+        log: Takes the lines; one about a start carries its time as `at`.
         deadline: When to start no further chunk, as `clock.monotonic()` counts; one chunk is always done, so that a
             backlog in a finer grain never starves a coarser one. By default the rollup's budget from now.
         chunk_buckets: Buckets of one transaction.

@@ -178,7 +178,7 @@ class Store:
 
         Args:
             job: The job.
-            reason: One of the contract's skip reasons.
+            reason: A skip reason, one word.
             detail: The same in words.
             series: Count it into the last row if that has the same reason and nothing started since.
         """

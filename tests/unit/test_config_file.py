@@ -41,7 +41,7 @@ def load(batch="", step="", rollup="", measures='events = "count(*)"', text=BASE
     return configuration
 
 
-def test_defaults_are_those_of_the_contract():
+def test_defaults_are_those_that_are_promised():
     configuration = load()
     batch, rollup = configuration.batches["daily"], configuration.rollups["trend"]
     assert (batch.accounts, batch.max_parallel, batch.quantity) == (("default",), 1, 100)
