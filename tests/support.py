@@ -10,7 +10,11 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psycopg
 import pytest
+
+from batchctl.clock import SystemClock
+from batchctl.state.embedded import EmbeddedServer
 
 PROGRAM = Path(sys.executable).with_name("batchctl")
 REQUIRE_ALL = os.environ.get("BATCHCTL_REQUIRE_ALL") == "1"
@@ -104,6 +108,12 @@ class Command:
     @property
     def log(self) -> str:
         return "".join(path.read_text() for path in sorted((self.directory / "state" / "log").glob("*.log")))
+
+
+def embedded_connection(directory):
+    """Connect to the embedded database of a configuration's directory, however long its path is."""
+    server = EmbeddedServer(directory / "state" / "postgresql", SystemClock())
+    return psycopg.connect(**server.connection_parameters())
 
 
 CRONTAB_EXAMPLE = Path(__file__).resolve().parents[1] / "crontab.example"

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import psycopg
-from support import batch, wait_for
+from support import batch, embedded_connection, wait_for
 
 # Runs the program in an interpreter of its own and prints what it has loaded.
 PROBE = """
@@ -78,8 +78,7 @@ def test_an_idle_aggregate_loads_neither_rich_nor_psutil_nor_the_server_package(
 def test_an_idle_aggregate_on_the_embedded_database_does_not_load_the_server_package(embedded_batchctl):
     embedded_batchctl.configure(ROLLUP)
     embedded_batchctl("status")
-    data = embedded_batchctl.directory / "state" / "postgresql" / "data"
-    with psycopg.connect(host=str(data), user="batchctl", dbname="batchctl") as connection:
+    with embedded_connection(embedded_batchctl.directory) as connection:
         connection.execute("CREATE TABLE fact_events (occurred_at timestamptz)")
     embedded_batchctl("migrate")
     embedded_batchctl("aggregate")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import tempfile
 from contextlib import suppress
 from pathlib import Path
 
@@ -17,9 +19,17 @@ from batchctl.state.embedded import EmbeddedServer
 
 
 @pytest.fixture
-def own_server(tmp_path):
+def server_directory():
+    """A directory whose path is short enough for a socket that other processes are to find."""
+    directory = Path(tempfile.mkdtemp(prefix="bc-", dir="/tmp"))
+    yield directory
+    shutil.rmtree(directory)
+
+
+@pytest.fixture
+def own_server(server_directory):
     """A server that the test may stop."""
-    server = EmbeddedServer(tmp_path / "server", SystemClock())
+    server = EmbeddedServer(server_directory / "server", SystemClock())
     server.start()
     yield server
     server.stop()
@@ -54,7 +64,7 @@ def test_a_run_outlives_its_database_and_is_recorded_once(own_server, tmp_path):
     assert journal.read_text() == ""
 
 
-def test_a_database_that_hangs_holds_up_neither_a_step_nor_a_skip(own_server, tmp_path):
+def test_a_database_that_hangs_holds_up_neither_a_step_nor_a_skip(own_server, server_directory, tmp_path):
     batchctl = Command(tmp_path / "home", make_conninfo(**own_server.connection_parameters()))
     batchctl.directory.mkdir()
     line = "touch first; while ! test -e frozen; do sleep 0.05; done; exec sleep 60"
@@ -63,7 +73,7 @@ def test_a_database_that_hangs_holds_up_neither_a_step_nor_a_skip(own_server, tm
     wait_for((batchctl.directory / "first").exists)
     wait_for(lambda: recorded(batchctl), what="the record of the first step")
     # The postmaster and all it has started, as on a machine whose disk hangs.
-    data = (tmp_path / "server" / "data").stat()
+    data = (server_directory / "server" / "data").stat()
     frozen = []
     for entry in Path("/proc").iterdir():
         with suppress(OSError):

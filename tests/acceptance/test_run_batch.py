@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psycopg
 import pytest
-from support import PROGRAM, batch, gone, wait_for
+from support import PROGRAM, batch, embedded_connection, gone, wait_for
 
 STEP_KEYS = {
     "account", "step", "group", "outcome", "exit_code", "signal", "attempts", "duration_seconds", "quantity", "log",
@@ -299,8 +299,7 @@ def test_a_signal_before_the_claim_starts_nothing_and_costs_no_gap(batchctl):
 def test_a_start_does_not_wait_for_a_lock_that_somebody_keeps(embedded_batchctl):
     embedded_batchctl.configure(batch([("31", "touch ran")]))
     embedded_batchctl("status")
-    data = embedded_batchctl.directory / "state" / "postgresql" / "data"
-    with psycopg.connect(host=str(data), user="batchctl", dbname="batchctl") as connection:
+    with embedded_connection(embedded_batchctl.directory) as connection:
         connection.execute("INSERT INTO batchctl.state (job) VALUES ('daily')")
         connection.commit()
         connection.execute("SELECT FROM batchctl.state FOR UPDATE")
