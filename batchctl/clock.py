@@ -15,7 +15,7 @@ class Clock(Protocol):
         ...
 
     def monotonic(self) -> float:
-        """Return seconds that never jump, for durations and deadlines."""
+        """Return seconds that never jump and that go on while the machine is suspended, for durations and deadlines."""
         ...
 
     def sleep(self, seconds: float) -> None:
@@ -30,7 +30,8 @@ class SystemClock:
         return datetime.now(UTC)
 
     def monotonic(self) -> float:
-        return time.monotonic()
+        # CLOCK_MONOTONIC stands still in a suspended machine, and with it every timeout and lease would.
+        return time.clock_gettime(time.CLOCK_BOOTTIME)
 
     def sleep(self, seconds: float) -> None:
         time.sleep(seconds)

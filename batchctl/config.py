@@ -114,6 +114,7 @@ class Batch(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     grace: Duration = duration_default("30s")
     quantity: Count = 100
     on_failure: Literal["continue", "stop"] = "continue"
+    on_lost_database: Literal["continue", "stop"] = "continue"
     leftovers: Literal["skip", "ignore"] = "skip"
     hours: str = ""
     enabled: bool = True

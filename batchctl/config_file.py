@@ -44,6 +44,8 @@ WORDS = {
     "object": "a table",
 }
 """What msgspec calls things, and what TOML's users do."""
+LONGEST_GRACE = parse_duration("2m")
+"""The longest grace of a run that ends itself within its lease."""
 SYSTEM_STATE_DIRECTORY = Path("/var/lib/batchctl")
 
 
@@ -225,6 +227,12 @@ class _Reader:
                     self.refuse(f"{key_path}.step[{number}]", "found a NUL character, which no command can be given")
         self.positive(f"{key_path}.timeout", batch.timeout)
         self.positive(f"{key_path}.step_timeout", batch.step_timeout)
+        if batch.on_lost_database == "stop" and batch.grace > LONGEST_GRACE:
+            self.refuse(
+                f"{key_path}.grace",
+                f'found {batch.grace}, expected at most {LONGEST_GRACE} with on_lost_database = "stop": '
+                "the steps must have ended before the lease of five minutes is over",
+            )
         return batch
 
     def rollup(self, raw: dict[str, Any], key_path: str) -> Rollup:

@@ -62,6 +62,7 @@ class Command:
     directory: Path
     url: str | None
     environment: dict[str, str] = field(default_factory=dict)
+    program: tuple[str, ...] = (str(PROGRAM),)
 
     @property
     def config(self) -> Path:
@@ -75,7 +76,7 @@ class Command:
     def start(self, *arguments: str, **options) -> subprocess.Popen:
         """Start a command and leave it running."""
         return subprocess.Popen(
-            [str(PROGRAM), "--config", str(self.config), *arguments],
+            [*self.program, "--config", str(self.config), *arguments],
             **{
                 "stdin": subprocess.DEVNULL,
                 "stdout": subprocess.PIPE,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta, tzinfo
 from typing import TYPE_CHECKING
 
+from batchctl.batch.heartbeat import LEASE
 from batchctl.batch.result import HolderShown
 from batchctl.config import Duration
 from batchctl.guard.gap import Refusal, earliest_start, gap_rule, job_hours, refused
@@ -20,14 +21,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from contextlib import AbstractContextManager
 
-    from batchctl.batch.plan import Plan
-    from batchctl.batch.process import Interruption
+    from batchctl.batch.interruption import Interruption
+    from batchctl.batch.resume import Work
     from batchctl.clock import Clock
     from batchctl.config import Batch, Configuration
     from batchctl.guard.lock import Holder
     from batchctl.state.host import Host
     from batchctl.state.journal import Journal
-    from batchctl.state.store import ClaimRequest, JobState, LiveRun, Store
+    from batchctl.state.store import Claim, ClaimRequest, JobState, LiveRun, Store
 
 
 CLAIM_MARGIN = timedelta(seconds=60)
@@ -71,7 +72,7 @@ class Guards:
 
     Args:
         configuration: The configuration.
-        plan: What the run would do.
+        job: The batch, or batch/group if one group was asked for.
         force_gap: Lift gap and `every`.
         zone: For shown times, hours and local days.
         clock: For shown durations; what is decided by time is decided by the database's clock.
@@ -79,19 +80,28 @@ class Guards:
     """
 
     configuration: Configuration
-    plan: Plan
+    job: str
     force_gap: bool
     zone: tzinfo
     clock: Clock
     log: logging.Logger
 
     @property
+    def name(self) -> str:
+        return self.job.partition("/")[0]
+
+    @property
     def batch(self) -> Batch:
-        return self.configuration.batches[self.plan.batch]
+        return self.configuration.batches[self.name]
 
     @property
     def group(self) -> str | None:
-        return self.plan.job.partition("/")[2] or None
+        return self.job.partition("/")[2] or None
+
+    @property
+    def lease(self) -> timedelta | None:
+        """Say how long a heartbeat prolongs the claim; None if the claim lasts as long as the run may."""
+        return LEASE if self.batch.on_lost_database == "stop" else None
 
     def held(self, holder: Holder | None) -> Skip:
         if holder is None:
@@ -116,9 +126,9 @@ class Guards:
                 "batchctl" if row.step is None else f"step {row.step} of account {row.account}",
                 ProcessIdentity(row.pid, row.pid_start_ticks, row.boot_id),
             )
-            for row in store.unfinished(self.plan.batch, host.host_id)
+            for row in store.unfinished(self.name, host.host_id)
         ]
-        orphans = tuple(find_orphans(self.configuration.state_dir, self.plan.batch, recorded))
+        orphans = tuple(find_orphans(self.configuration.state_dir, self.name, recorded))
         # What a run left that has an end was left on purpose; what a dead run left is its unfinished work.
         unfinished = {record.run_id for record in recorded}
         kept = [orphan for orphan in orphans if orphan.run_id not in unfinished]
@@ -127,42 +137,63 @@ class Guards:
             orphans = tuple(orphan for orphan in orphans if orphan.run_id in unfinished)
         if not orphans:
             return None
-        live = store.live(self.plan.batch)
+        live = store.live(self.name)
         if live is not None and any(orphan.what == "batchctl" and orphan.pid == live.pid for orphan in orphans):
             # Somebody removed the lock file under the holder.
             return self._in_progress("running", _shown_holder(live))
         return Skip("orphans", f"An earlier run left processes alive: {listed(orphans)}. Skipped.", orphans=orphans)
 
     def claim(
-        self, store: Store, state: State, run_id: str, process: ProcessIdentity, interruption: Interruption
-    ) -> Skip | datetime:
+        self,
+        store: Store,
+        state: State,
+        work: Work,
+        *,
+        run_id: str,
+        process: ProcessIdentity,
+        interruption: Interruption,
+    ) -> Skip | Claim:
+        plan = work.plan
         claim = store.claim(
             state.request(
                 run_id=run_id,
-                batch=self.plan.batch,
-                job=self.plan.job,
-                jobs=self.plan.jobs,
-                groups=self.plan.groups,
+                resumed=work.resumed,
+                batch=plan.batch,
+                job=plan.job,
+                jobs=plan.jobs,
+                groups=plan.groups,
+                accounts=plan.chosen_accounts,
+                steps=plan.chosen_steps,
                 host=state.host.host_id,
                 hostname=state.host.hostname,
                 process=process,
-                claim=self.batch.timeout + self.batch.grace + CLAIM_MARGIN,
-                whole=self.plan.whole,
+                claim=self.lease or self.batch.timeout + self.batch.grace + CLAIM_MARGIN,
                 config_hash=hashlib.sha256(repr(self.batch).encode()).hexdigest()[:16],
             ),
-            lambda job: INTERRUPTED if interruption.count else self._decide(job),
+            lambda job: INTERRUPTED if interruption.asked else self._decide(job, resumed=work.resumed is not None),
         )
         for crashed in claim.crashed:
             self.log.warning("Run %s died without an end; it is closed as crashed", crashed)
+        for job in claim.corrected:
+            self.log.warning("%s last ran in the future: the database's clock was set back; taken as now", job)
         if claim.live is not None:
             return self._in_progress("running_elsewhere", _shown_holder(claim.live), " on another host")
-        if claim.refusal is not None:
-            skip: Skip = claim.refusal
-            return skip
-        assert claim.started_at is not None  # noqa: S101 - neither a live run nor a refusal leaves only this
-        return claim.started_at
+        refusal: Skip | None = claim.refusal
+        return refusal or claim
 
-    def _decide(self, job: JobState) -> Skip | None:
+    def journaled(self, journal: Journal) -> Skip | None:
+        """Say whether what the journal knows forbids a start, when the database cannot be asked.
+
+        Without the database nothing starts in any case; this gives the reason that will still hold when it is back.
+        """
+        ends = [entry.values for entry in journal.entries() if entry.name == "run_finished"]
+        ends = [values for values in ends if self.job in values["jobs"]]
+        if not ends or self.force_gap:
+            return None
+        completed = max(datetime.fromisoformat(values["at"]) for values in ends)
+        return self._too_early(self.refusal(completed, None, None), self.clock.now())
+
+    def _decide(self, job: JobState, *, resumed: bool = False) -> Skip | None:
         """Say what forbids a start at the database's time."""
         if not self.batch.enabled:
             return Skip("disabled", "Disabled in the configuration. Skipped.")
@@ -176,10 +207,15 @@ class Guards:
                 f"Outside the hours {hours}. Skipped; next possible start {shown(first, self.zone)}.",
                 first,
             )
-        refusal = self.refusal(job.last_completed_at, job.last_started_at, job.estimate_seconds)
-        if self.force_gap or refusal is None or not refused(refusal, job.now):
+        if self.force_gap or resumed:
             return None
-        ago, apart = elapsed(job.now - refusal.since), str(Duration(seconds=refusal.gap.total_seconds()))
+        refusal = self.refusal(job.last_completed_at, job.last_started_at, job.estimate_seconds)
+        return self._too_early(refusal, job.now)
+
+    def _too_early(self, refusal: Refusal | None, now: datetime) -> Skip | None:
+        if refusal is None or not refused(refusal, now):
+            return None
+        ago, apart = elapsed(max(now - refusal.since, timedelta(0))), str(Duration(seconds=refusal.gap.total_seconds()))
         completed = refusal.reason == "gap"
         what = f"Completed {ago} ago, at least {apart} apart" if completed else f"Started {ago} ago, every {apart}"
         text = f"{what}. Skipped; next possible start {shown(refusal.next_eligible_at, self.zone)}."

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from dataclasses import dataclass
 from itertools import groupby
@@ -31,6 +33,12 @@ class PlannedStep:
     command: tuple[str, ...]
     env: Mapping[str, str]
 
+    @property
+    def config_hash(self) -> str:
+        """Sum up what the step is told to do; timeout and retries are how patiently, not what."""
+        told = [self.command, sorted(self.env.items()), self.quantity]
+        return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
+
 
 @dataclass(frozen=True)
 class AccountPlan:
@@ -48,14 +56,16 @@ class Plan:
         batch: Name of the batch.
         job: The batch, or batch/group if one group was asked for.
         groups: Groups whose steps take part.
-        whole: True if no option left out a step or an account.
+        chosen_accounts: The accounts that options chose, None for all.
+        chosen_steps: The steps that options chose, None for all of the job.
         accounts: What each account does.
     """
 
     batch: str
     job: str
     groups: tuple[str, ...]
-    whole: bool
+    chosen_accounts: tuple[str, ...] | None
+    chosen_steps: tuple[str, ...] | None
     accounts: tuple[AccountPlan, ...]
 
     @property
@@ -70,21 +80,22 @@ class Plan:
 
 
 def make_plan(
-    name: str, batch: Batch, *, account: str | None = None, group: str | None = None, steps: Sequence[str] = ()
+    name: str, batch: Batch, *, accounts: Sequence[str] = (), group: str | None = None, steps: Sequence[str] = ()
 ) -> Plan:
     """Choose accounts and steps.
 
     Args:
         name: Name of the batch.
         batch: Its configuration.
-        account: Only this account.
+        accounts: Only these accounts, in the order of the file whatever their order here.
         group: Only the steps of this group.
         steps: Only these steps, in the order of the file whatever their order here.
 
     Raises:
         UsageError: an option names something that the batch does not have.
     """
-    _require("--account", account, batch.accounts)
+    for account in accounts:
+        _require("--account", account, batch.accounts)
     _require("--group", group, batch.groups)
     for step in steps:
         _require("--step", step, tuple(known.id for known in batch.step))
@@ -92,13 +103,14 @@ def make_plan(
     chosen = [step for step in job_steps if not steps or step.id in steps]
     if not chosen:
         raise UsageError(f"--step {' --step '.join(steps)}: none of these steps is in the group {group!r}")
-    accounts = batch.accounts if account is None else (account,)
+    taking_part = tuple(account for account in batch.accounts if not accounts or account in accounts)
     return Plan(
         batch=name,
         job=name if group is None else f"{name}/{group}",
         groups=tuple(dict.fromkeys(step.group for step in chosen if step.group is not None)),
-        whole=len(chosen) == len(job_steps) and accounts == batch.accounts,
-        accounts=tuple(AccountPlan(each, _stages(each, batch, chosen)) for each in accounts),
+        chosen_accounts=None if taking_part == batch.accounts else taking_part,
+        chosen_steps=None if chosen == job_steps else tuple(step.id for step in chosen),
+        accounts=tuple(AccountPlan(each, _stages(each, batch, chosen)) for each in taking_part),
     )
 
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
+    from batchctl.batch.interruption import Interruption
     from batchctl.clock import Clock
 
 KILLED_SECONDS = 5.0
@@ -54,27 +55,6 @@ def interpret(returncode: int | None, ended_by: str | None, reason: str | None =
     if number is not None:
         return Ending("failed", None, number, f"killed by signal {number} ({_signal_name(number)})")
     return Ending("failed", exit_code, None, f"exit code {exit_code}")
-
-
-class Interruption:
-    """A wish to end the run early, seen by every waiting thread."""
-
-    def __init__(self) -> None:
-        self.condition = threading.Condition()
-        self.signal: int | None = None
-        self.count = 0
-
-    def request(self, number: int) -> None:
-        """Ask for the end; a second request asks for it at once."""
-        with self.condition:
-            self.signal = self.signal or number
-            self.count += 1
-            self.condition.notify_all()
-
-    def wait(self, seconds: float) -> bool:
-        """Wait that long, or until the end is asked for; return whether it was."""
-        with self.condition:
-            return self.condition.wait_for(lambda: self.count > 0, seconds)
 
 
 @dataclass(frozen=True)
@@ -129,11 +109,15 @@ class Child:
             self._exited = True
             self._interruption.condition.notify_all()
 
-    def wait(self, seconds: float, *, seen: int = 0) -> bool:
+    def wait(self, until: float, clock: Clock, *, seen: int = 0) -> bool:
         """Wait for the exit, the time, or a request to end beyond those seen; return whether the command exited."""
         interruption = self._interruption
         with interruption.condition:
-            interruption.condition.wait_for(lambda: self._exited or interruption.count > seen, max(seconds, 0))
+            interruption.condition.wait_for(
+                # Looked at again by the heartbeat, since waiting stands still in a suspended machine.
+                lambda: self._exited or interruption.count > seen or clock.monotonic() >= until,
+                max(until - clock.monotonic(), 0),
+            )
             return self._exited
 
     @property
@@ -152,13 +136,13 @@ class Child:
         give_up = clock.monotonic() + grace
         seen = max(self._interruption.count, 1)
         self._signal_session(signal.SIGTERM)
-        self.wait(grace, seen=seen)
+        self.wait(give_up, clock, seen=seen)
         while self.survivors() and clock.monotonic() < give_up and self._interruption.count <= seen:
             clock.sleep(POLL_SECONDS)
         self._kill(clock)
         self._sweep()
         # Only an exit ends this wait: requests to end have had their effect.
-        self.wait(KILLED_SECONDS, seen=sys.maxsize)
+        self.wait(clock.monotonic() + KILLED_SECONDS, clock, seen=sys.maxsize)
 
     def _signal_session(self, number: int) -> None:
         survivors = self.survivors()
@@ -220,10 +204,10 @@ def run_child(
     began = clock.monotonic()
     started(child)
     seconds, what = min(timeouts)
-    if child.wait(seconds - (clock.monotonic() - began)):
+    if child.wait(began + seconds, clock):
         return interpret(child.returncode, None)
     if interruption.count:
-        ended_by, reason = "stopped", f"batchctl received signal {interruption.signal}"
+        ended_by, reason = "stopped", interruption.reason
     else:
         ended_by, reason = "timeout", what
     child.end(grace, clock)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from signal import SIGTERM
 from typing import TYPE_CHECKING
 
 from batchctl.errors import ExitCode
@@ -63,7 +64,8 @@ class RunResult:
     def exit_code(self) -> int:
         """Say it as a number; --skip-exit-code is the caller's."""
         if self.outcome == "stopped":
-            return ExitCode.SIGNAL + (self.signal or 0)
+            # Asked for in another way than by a signal, a run ends as if by the usual one.
+            return ExitCode.SIGNAL + (self.signal or SIGTERM)
         return {
             "success": ExitCode.DONE,
             "partial": ExitCode.PARTIAL,

@@ -9,7 +9,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from batchctl.batch.plan import PlannedStep, fill
-from batchctl.batch.process import Child, Command, Ending, Interruption, run_child
+from batchctl.batch.process import Child, Command, Ending, run_child
 from batchctl.batch.result import StepResult
 from batchctl.paths import private_directory
 
@@ -19,8 +19,10 @@ if TYPE_CHECKING:
     from datetime import datetime
     from pathlib import Path
 
-    from batchctl.batch.plan import AccountPlan, Plan
+    from batchctl.batch.interruption import Interruption
+    from batchctl.batch.plan import AccountPlan
     from batchctl.batch.record import Recorder
+    from batchctl.batch.resume import Work
     from batchctl.clock import Clock
     from batchctl.config import Batch
 
@@ -58,7 +60,7 @@ class Runner:
 
     def __init__(
         self,
-        plan: Plan,
+        work: Work,
         setting: RunSetting,
         *,
         recorder: Recorder,
@@ -67,7 +69,8 @@ class Runner:
         log: logging.Logger,
         watch: Callable[[StepResult], None],
     ) -> None:
-        self._plan = plan
+        self._plan = plan = work.plan
+        self._attempts_before = work.attempts
         self._setting = setting
         self._recorder = recorder
         self._clock = clock
@@ -80,7 +83,7 @@ class Runner:
         self._results = {
             (step.account, step.step): StepResult(step.account, step.step, step.group, step.quantity)
             for step in plan.steps
-        }
+        } | dict(work.done)
 
     def run(self) -> tuple[StepResult, ...]:
         """Run every account and return what became of each step, in the order of the plan."""
@@ -93,7 +96,7 @@ class Runner:
     def outcome(self) -> str:
         """Sum up the run by what became of its steps."""
         outcomes = [result.outcome for result in self._results.values()]
-        if self._interruption.count:
+        if self._interruption.count or (self._interruption.after_step and "not_run" in outcomes):
             return "stopped"
         if self._cut_off:
             return "timeout"
@@ -107,7 +110,7 @@ class Runner:
         """Say in words what ended the run, None if nothing cut it short."""
         outcome = self.outcome()
         if outcome == "stopped":
-            return f"batchctl received signal {self._interruption.signal}"
+            return self._interruption.reason
         if outcome == "timeout":
             return f"the whole run reached its timeout of {self._setting.batch.timeout}"
         return 'on_failure = "stop"' if self._stopped_by_policy else None
@@ -127,27 +130,32 @@ class Runner:
         """Tell whether something that is still to be done may be begun."""
         if self._clock.monotonic() >= self._setting.deadline:
             self._cut_off = True
-        return not (self._interruption.count or self._stopped_by_policy or self._cut_off)
+        return not (self._interruption.asked or self._stopped_by_policy or self._cut_off)
 
     def _run_step(self, step: PlannedStep) -> None:
+        if self._results[step.account, step.step].outcome == "success":
+            return  # done before the run was continued
         began = self._clock.monotonic()
         ending = None
-        for attempt in range(1, step.retries + 2):
+        first = self._attempts_before.get((step.account, step.step), 0) + 1
+        for attempt in range(first, first + step.retries + 1):
             if not self._may_go_on():
                 break
             ending = self._attempt(step, attempt)
             self._note(step, ending, attempt, self._clock.monotonic() - began)
             if ending.outcome == "timeout" and self._clock.monotonic() >= self._setting.deadline:
                 self._cut_off = True
-            if ending.outcome in ("success", "stopped") or attempt > step.retries:
+            tried = attempt - first + 1
+            if ending.outcome in ("success", "stopped") or tried > step.retries:
                 break
-            delay = min(RETRY_SECONDS * 2 ** (attempt - 1), RETRY_LONGEST_SECONDS)
+            delay = min(RETRY_SECONDS * 2 ** (tried - 1), RETRY_LONGEST_SECONDS)
             delay = min(delay, max(self._setting.deadline - self._clock.monotonic(), 0))
             self._log.warning(
                 "Step %s of account %s: attempt %d of %d %s; next in %ds",
-                *(step.step, step.account, attempt, step.retries + 1, _in_words(ending), delay),
+                *(step.step, step.account, tried, step.retries + 1, _in_words(ending), delay),
             )
-            self._interruption.wait(delay)
+            again_at = self._clock.monotonic() + delay
+            self._interruption.wait(delay, lambda: self._clock.monotonic() >= again_at)  # noqa: B023 - waited for here
         if ending is not None:
             self._conclude(step, ending)
 
@@ -164,8 +172,8 @@ class Runner:
     def _attempt(self, step: PlannedStep, attempt: int) -> Ending:
         setting = self._setting
         log_path = setting.log_dir / step.account / f"{step.step}.log"
-        key = {"run_id": setting.run_id, "account": step.account, "step": step.step, "attempt": attempt}
-        known = {"group": step.group, "quantity": step.quantity, "log": str(log_path)}
+        key = {"account": step.account, "step": step.step, "attempt": attempt}
+        known = {"group": step.group, "quantity": step.quantity, "log": str(log_path), "config_hash": step.config_hash}
         began = self._clock.monotonic()
 
         def started(child: Child) -> None:

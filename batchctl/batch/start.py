@@ -1,4 +1,4 @@
-"""A start of a batch: the guards in their order, then the run, then its end."""
+"""A start of a batch: the guards in their order, then the run."""
 
 from __future__ import annotations
 
@@ -8,33 +8,29 @@ import signal
 import socket
 import threading
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from datetime import datetime, timedelta
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from batchctl.batch.guards import INTERRUPTED, Guards, Skip, listed
-from batchctl.batch.process import Interruption
-from batchctl.batch.record import Recorder
+from batchctl.batch.guards import INTERRUPTED, Guards, Skip
+from batchctl.batch.interruption import STOP_SIGNALS, Interruption
 from batchctl.batch.result import RunResult, StepResult
-from batchctl.batch.runner import Runner, RunSetting
-from batchctl.errors import BatchctlError
+from batchctl.batch.resume import Wish, Work, find_work
+from batchctl.batch.run import SKIP_LIMIT_SECONDS, Claimed, Run
+from batchctl.errors import BatchctlError, DatabaseUnavailableError
 from batchctl.guard.identity import ProcessIdentity, identify
-from batchctl.guard.liveness import Orphan, RunLock, marked_processes
+from batchctl.guard.liveness import RunLock
 from batchctl.guard.lock import Holder, acquire, lock_path, read_holder
-from batchctl.logs import elapsed, shown
 from batchctl.state.within import within
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
+    from datetime import datetime
 
     from batchctl.batch.guards import State
-    from batchctl.clock import Clock
     from batchctl.state.store import Store
 
 PATIENCE_SECONDS = 4.0
 """How long a start that comes once a day waits for a database that restarts just then."""
-SKIP_LIMIT_SECONDS = 2.0
-"""How long a skip that is already decided may wait for the database to record it."""
 
 
 @dataclass(frozen=True)
@@ -43,12 +39,14 @@ class Start:
 
     Args:
         guards: What may refuse it.
+        work: What it has to do, or which run it is to continue.
         load_state: Loads the database driver and names the database.
         watch: Told of each change of a step.
         environment: What the steps inherit.
     """
 
     guards: Guards
+    work: Work | Wish
     load_state: Callable[[], State]
     watch: Callable[[StepResult], None]
     environment: Mapping[str, str]
@@ -59,8 +57,9 @@ class Start:
         Raises:
             DatabaseUnavailableError: nothing was started.
             ConfigurationError: nothing was started.
+            UsageError: there is nothing to resume.
         """
-        path = lock_path(self.guards.configuration.state_dir, f"batch.{self.guards.plan.batch}")
+        path = lock_path(self.guards.configuration.state_dir, f"batch.{self.guards.name}")
         process = identify(os.getpid())
         lock = acquire(path, Holder(socket.gethostname(), *process, self.guards.clock.now()))
         if lock is None:
@@ -73,39 +72,57 @@ class Start:
 
     def _guarded(self, process: ProcessIdentity) -> RunResult:
         state = self.load_state()
-        run_id = new_run_id(self.guards.clock.now())
         with _handled_signals() as interruption:
-            with state.connect(patience=PATIENCE_SECONDS) as store:
-                claimed = self._claim(store, state, run_id, process, interruption)
-                if isinstance(claimed, Skip) and claimed is not INTERRUPTED:
-                    self._record_skip(store, state, claimed)
+            try:
+                with state.connect(patience=PATIENCE_SECONDS) as store:
+                    claimed = self._claim(store, state, process, interruption)
+                    if isinstance(claimed, Skip) and claimed is not INTERRUPTED:
+                        self._record_skip(store, state, claimed)
+            except DatabaseUnavailableError:
+                claimed = self._journaled(state)
             if claimed is INTERRUPTED:
                 return self._result("stopped", message=INTERRUPTED.message, signal=interruption.signal)
             if isinstance(claimed, Skip):
                 return self._skipped(claimed)
             # The session has ended: none stays open while a step runs.
-            return self._run(state, run_id, claimed, interruption)
+            guards = replace(self.guards, job=claimed.work.plan.job)
+            return Run(guards, state, claimed, interruption, self.watch, self.environment).run()
 
     def _claim(
-        self, store: Store, state: State, run_id: str, process: ProcessIdentity, interruption: Interruption
+        self, store: Store, state: State, process: ProcessIdentity, interruption: Interruption
     ) -> Skip | Claimed:
-        skip = self.guards.alive(store, state.host)
+        guards = self.guards
+        skip = guards.alive(store, state.host)
         if skip is not None:
             return skip
+        work = self.work if isinstance(self.work, Work) else find_work(store, guards.name, guards.batch, self.work)
+        run_id = work.run_id or new_run_id(guards.clock.now())
         # Made before the claim, so that what a full disk prevents is not claimed.
-        run_lock = RunLock(self.guards.configuration.state_dir, self.guards.plan.batch, run_id)
-        claimed: Skip | datetime | None = None
+        run_lock = RunLock(guards.configuration.state_dir, guards.name, run_id)
+        claim = None
         try:
-            claimed = self.guards.claim(store, state, run_id, process, interruption)
+            claim = replace(guards, job=work.plan.job).claim(
+                store, state, work, run_id=run_id, process=process, interruption=interruption
+            )
         finally:
-            if not isinstance(claimed, datetime):
+            if claim is None or isinstance(claim, Skip):
                 run_lock.release()
-        if isinstance(claimed, Skip):
-            return claimed
-        return Claimed(claimed, self.guards.clock.monotonic(), run_lock)
+        if isinstance(claim, Skip):
+            return claim
+        assert claim.run is not None  # noqa: S101 - neither a live run nor a refusal leaves only this
+        return Claimed(work, claim.run, claim.now, guards.clock.monotonic(), run_lock)
+
+    def _journaled(self, state: State) -> Skip:
+        """Find in the journal why there would be no start with the database either, or say that it is away."""
+        skip = self.guards.journaled(state.journal) if isinstance(self.work, Work) else None
+        if skip is None:
+            raise  # noqa: PLE0704 - called while the error is handled
+        with suppress(BatchctlError):
+            state.journal.append("skip", self._skip_values(skip))
+        return skip
 
     def _result(self, outcome: str, **values: Any) -> RunResult:
-        return RunResult(self.guards.plan.batch, self.guards.group, outcome, **values)
+        return RunResult(self.guards.name, self.guards.group, outcome, **values)
 
     def _skipped(self, skip: Skip) -> RunResult:
         self.guards.log.warning(skip.message)
@@ -120,7 +137,7 @@ class Start:
 
     def _record_skip(self, store: Store, state: State, skip: Skip) -> None:
         try:
-            store.record_skip(self.guards.plan.job, skip.reason, skip.message)
+            store.record_skip(self.guards.job, skip.reason, skip.message)
         except BatchctlError:
             # Decided is decided, also if the database goes away just then.
             with suppress(BatchctlError):
@@ -145,102 +162,7 @@ class Start:
 
     def _skip_values(self, skip: Skip) -> dict[str, Any]:
         at = self.guards.clock.now().isoformat()
-        return {"job": self.guards.plan.job, "reason": skip.reason, "detail": skip.message, "at": at}
-
-    def _run(self, state: State, run_id: str, claimed: Claimed, interruption: Interruption) -> RunResult:
-        guards, log = self.guards, self.guards.log
-        recorder = Recorder(state.connect, state.journal, lambda: claimed.now(guards.clock), log)
-        outcome: str = "failed"
-        reason: str | None = None
-        try:
-            log.info("Run started: %s", shown(claimed.started_at, guards.zone))
-            quantities = {step.step: step.quantity for step in guards.plan.steps}
-            log.info("Steps: %s", ", ".join(f"{step}={quantity}" for step, quantity in quantities.items()))
-            runner = Runner(
-                guards.plan,
-                RunSetting(
-                    batch=guards.batch,
-                    run_id=run_id,
-                    directory=guards.configuration.directory,
-                    log_dir=guards.configuration.log_dir / guards.plan.batch / run_id,
-                    lock_descriptor=claimed.run_lock.descriptor,
-                    deadline=claimed.began + guards.batch.timeout.total_seconds(),
-                    deadline_at=claimed.started_at + guards.batch.timeout,
-                    environment=self.environment,
-                ),
-                recorder=recorder,
-                clock=guards.clock,
-                interruption=interruption,
-                log=log,
-                watch=self.watch,
-            )
-            steps = runner.run()
-            outcome, reason = runner.outcome(), runner.reason()
-        except BaseException as error:
-            reason = f"{type(error).__name__}: {error}"
-            raise
-        finally:
-            # Whatever happened, a claim never outlives its run.
-            duration = guards.clock.monotonic() - claimed.began
-            ended: dict[str, Any] = {"run_id": run_id, "outcome": outcome, "reason": reason}
-            row = recorder.write("run_finished", {**ended, "jobs": list(guards.plan.jobs)})
-            self._name_leftovers(run_id, claimed.run_lock)
-            level = log.info if outcome == "success" else log.error
-            level("Run finished: %s in %s", outcome, elapsed(duration))
-        finished_at = row.finished_at if row else claimed.now(guards.clock)
-        refusal = guards.refusal(finished_at, claimed.started_at, self._estimate(state, duration))
-        return self._result(
-            outcome,
-            reason=reason,
-            run_id=run_id,
-            started_at=claimed.started_at,
-            finished_at=finished_at,
-            duration_seconds=round(duration, 3),
-            next_eligible_at=refusal.next_eligible_at if refusal else None,
-            steps=steps,
-            message=f"Run finished: {outcome} in {elapsed(duration)}",
-            signal=interruption.signal,
-        )
-
-    def _name_leftovers(self, run_id: str, run_lock: RunLock) -> None:
-        if run_lock.release():
-            left = [Orphan(run_id, pid, what) for pid, run_id, what in marked_processes([run_id])]
-            policy = "is skipped because of" if self.guards.batch.leftovers == "skip" else "ignores"
-            self.guards.log.warning(
-                "The run left processes alive, the next start %s them: %s", policy, listed(left) or "they are hidden"
-            )
-
-    def _estimate(self, state: State, duration: float) -> float:
-        if not self.guards.batch.gap_factor:
-            return duration  # which decides nothing then
-
-        def ask() -> float | None:
-            with state.connect(limit=SKIP_LIMIT_SECONDS) as store:
-                return store.estimate_seconds(self.guards.plan.job)
-
-        try:
-            return within(SKIP_LIMIT_SECONDS, ask) or self.guards.batch.timeout.total_seconds()
-        except BatchctlError:
-            return duration
-
-
-@dataclass(frozen=True)
-class Claimed:
-    """A claim that is ours.
-
-    Args:
-        started_at: When, by the database's clock.
-        began: The same by the monotonic clock.
-        run_lock: What the steps inherit.
-    """
-
-    started_at: datetime
-    began: float
-    run_lock: RunLock
-
-    def now(self, clock: Clock) -> datetime:
-        """Return the time by the database's clock without asking it; the host's own may be wrong."""
-        return self.started_at + timedelta(seconds=clock.monotonic() - self.began)
+        return {"job": self.guards.job, "reason": skip.reason, "detail": skip.message, "at": at}
 
 
 def new_run_id(now: datetime) -> str:
@@ -250,7 +172,7 @@ def new_run_id(now: datetime) -> str:
 
 @contextmanager
 def _handled_signals() -> Iterator[Interruption]:
-    """Turn SIGTERM, SIGINT and SIGHUP into a request to end for the block; what was ignored (nohup) stays so.
+    """Turn SIGTERM, SIGINT, SIGHUP and those of `stop` into a wish to end; what was ignored (nohup) stays so.
 
     A handler in Python runs only when the main thread gets to it, and a signal that comes just before that thread
     begins to wait is not noticed until the wait ends. So the number is taken from the wake-up descriptor, which the
@@ -261,14 +183,14 @@ def _handled_signals() -> Iterator[Interruption]:
     sending.setblocking(False)
     numbers = [
         number
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+        for number in {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, *STOP_SIGNALS.values()}
         if signal.getsignal(number) is not signal.SIG_IGN
     ]
 
     def listen() -> None:
         while received := receiving.recv(1):
             if received[0] in numbers:
-                interruption.request(received[0])
+                interruption.receive(received[0])
 
     threading.Thread(target=listen, daemon=True, name="signals").start()
     descriptor_before = signal.set_wakeup_fd(sending.fileno(), warn_on_full_buffer=False)

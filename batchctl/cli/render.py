@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from batchctl.batch.plan import Plan
     from batchctl.batch.result import RunResult, StepResult
+    from batchctl.batch.resume import Work
     from batchctl.report.jobs import JobStatus, NextStart
     from batchctl.rollup.refresh import GrainResult
 
@@ -62,16 +63,19 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         line("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
-def plan(planned: Plan, *, json: bool) -> None:
+def plan(work: Work, *, json: bool) -> None:
     """Print what a run would do."""
+    planned = work.plan
+    steps = [step for step in planned.steps if (step.account, step.step) not in work.done]
     if json:
         keys = ("account", "step", "group", "quantity", "command")
-        steps = [{key: getattr(step, key) for key in keys} for step in planned.steps]
-        document({"batch": planned.batch, "group": planned.job.partition("/")[2] or None, "steps": steps})
+        group = planned.job.partition("/")[2] or None
+        told = [{key: getattr(step, key) for key in keys} for step in steps]
+        document({"batch": planned.batch, "group": group, "run_id": work.run_id, "steps": told})
         return
     rows = [
         (step.account, step.step, step.group or "", str(step.quantity), elapsed(step.timeout), " ".join(step.command))
-        for step in planned.steps
+        for step in steps
     ]
     table(("account", "step", "group", "quantity", "timeout", "command"), rows)
 

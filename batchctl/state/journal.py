@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -59,6 +59,17 @@ class Journal:
                 os.fsync(descriptor)
         except OSError as error:
             raise ConfigurationError(f"{self.path} cannot be written: {error.strerror}") from error
+
+    def entries(self) -> list[Entry]:
+        """Read what waits to be recorded; what cannot be read is left to `replay`."""
+        found = []
+        for path in (self._replaying, self.path):
+            with suppress(FileNotFoundError):
+                refuse_foreign(path, "file")
+                for line in path.read_bytes().splitlines():
+                    with suppress(msgspec.DecodeError):
+                        found.append(msgspec.json.decode(line, type=Entry))
+        return found
 
     def replay(self, write: Callable[[str, Mapping[str, Any]], Any]) -> None:
         """Record what is in the journal, and empty it.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from batchctl.state.migrate import require_schema
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from batchctl.state.journal import Journal
 
 CRASHED = "batchctl died before it could record an end"
+UNKNOWN: Mapping[str, Any] = {"at": None, "resumed": 0, "duration": None, "config_hash": None}
+"""What records need not say, and those that an earlier version left in a journal do not."""
 
 
 @dataclass(frozen=True)
@@ -23,30 +25,53 @@ class ClaimRequest:
     """A start that asks to be the only one.
 
     Args:
-        run_id: The run's new id.
+        run_id: The run's id: a new one, or that of the run to continue.
+        resumed: None for a new run; else how many times the run to continue had been continued when it was chosen.
         batch: Name of the batch.
         job: The batch, or batch/group.
         jobs: Jobs for which the start counts.
         groups: Groups that take part.
+        accounts: Accounts that take part, None for all.
+        steps: Steps that take part, None for all of the job.
         host: Id of the state directory.
         hostname: Name of the machine.
         process: Process id, start in ticks, boot id of batchctl.
         claim: How long another host must take the run to be alive.
-        whole: True if nothing was left out.
         config_hash: Hash of the batch's configuration.
     """
 
     run_id: str
+    resumed: int | None
     batch: str
     job: str
     jobs: tuple[str, ...]
     groups: tuple[str, ...]
+    accounts: tuple[str, ...] | None
+    steps: tuple[str, ...] | None
     host: str
     hostname: str
     process: tuple[int, int, str]
     claim: timedelta
-    whole: bool
     config_hash: str
+
+    def columns(self) -> dict[str, Any]:
+        """Return the request as columns of the table `run`."""
+        pid, ticks, boot_id = self.process
+        return {
+            "run_id": self.run_id,
+            "batch": self.batch,
+            "job": self.job,
+            "groups": list(self.groups),
+            "accounts": None if self.accounts is None else list(self.accounts),
+            "steps": None if self.steps is None else list(self.steps),
+            "host": self.host,
+            "hostname": self.hostname,
+            "pid": pid,
+            "pid_start_ticks": ticks,
+            "boot_id": boot_id,
+            "whole": self.accounts is None and self.steps is None,
+            "config_hash": self.config_hash,
+        }
 
 
 @dataclass(frozen=True)
@@ -79,17 +104,19 @@ class Claim:
 
     Args:
         now: The database's clock.
-        started_at: Start of our run, None if the claim was refused.
+        run: What to record again should the database lose it (values of `run_started`); None if it was refused.
         live: The run that is in the way.
         refusal: What the caller's decision returned.
         crashed: Runs that were found dead and closed.
+        corrected: Jobs whose last start or completion lay ahead of the database's clock and was brought back to now.
     """
 
     now: datetime
-    started_at: datetime | None
-    live: LiveRun | None
-    refusal: Any
-    crashed: tuple[str, ...]
+    run: Mapping[str, Any] | None = None
+    live: LiveRun | None = None
+    refusal: Any = None
+    crashed: tuple[str, ...] = ()
+    corrected: tuple[str, ...] = ()
 
 
 class Store:
@@ -111,38 +138,35 @@ class Store:
             request: The start.
             decide: Says what forbids the start given the job's state, or None; called in the same transaction.
         """
-        session = self.session
+        session, batch = self.session, request.batch
         with session.transaction():
             session.fetch("run.bound")
-            session.fetch("run.lock_job", job=request.batch)
-            now = session.fetch_one("run.now").now
-            crashed = tuple(
-                row.run_id
-                for row in session.fetch("run.close_dead", batch=request.batch, host=request.host, reason=CRASHED)
-            )
-            live = self.live(request.batch)
+            session.fetch("run.keep")
+            session.fetch("run.lock_job", job=batch)
+            now = self.now()
+            corrected = tuple(row.job for row in session.fetch("run.correct_future", batch=batch, now=now))
+            dead = session.fetch("run.close_dead", batch=batch, host=request.host, reason=CRASHED)
+            claim = Claim(now, crashed=tuple(row.run_id for row in dead), corrected=corrected)
+            live = self.live(batch)
             if live is not None:
-                return Claim(now, None, live, None, crashed)
-            refusal = decide(self.job_state(request.job, now, batch=request.batch))
+                return replace(claim, live=live)
+            refusal = decide(self.job_state(request.job, now, batch=batch))
             if refusal is not None:
-                return Claim(now, None, None, refusal, crashed)
-            pid, ticks, boot_id = request.process
-            won = session.fetch(
-                "run.claim",
-                **{
-                    name: getattr(request, name)
-                    for name in ("run_id", "batch", "job", "host", "hostname", "claim", "whole", "config_hash")
-                },
-                groups=list(request.groups),
-                pid=pid,
-                pid_start_ticks=ticks,
-                boot_id=boot_id,
-                now=now,
-            )
+                return replace(claim, refusal=refusal)
+            columns = request.columns()
+            if request.resumed is None:
+                won = session.fetch("run.claim", **columns, now=now, claim=request.claim)
+                mark, more = "run.mark_started", {"now": now}
+            else:
+                own = {"now": now, "claim": request.claim, "resumed": request.resumed}
+                won = session.fetch("run.resume", **columns, **own)
+                mark, more = "run.mark_resumed", {}
             if not won:
-                return Claim(now, None, self.live(request.batch), None, crashed)
-            session.fetch("run.mark_started", now=now, run_id=request.run_id, jobs=list(request.jobs))
-            return Claim(now, now, None, None, crashed)
+                return replace(claim, live=self.live(batch))
+            jobs = list(request.jobs)
+            session.fetch(mark, run_id=request.run_id, jobs=jobs, **more)
+            kept = {"started_at": won[0].started_at, "resumed": won[0].resumed, "claimed_until": now + request.claim}
+            return replace(claim, run={**columns, **kept, "jobs": jobs})
 
     def job_state(self, job: str, now: datetime, batch: str) -> JobState:
         """Read what is remembered of a job; it is paused if its batch is."""
@@ -168,6 +192,27 @@ class Store:
             return None
         return LiveRun(row.run_id, row.host, row.hostname, row.pid, row.pid_start_ticks, row.boot_id, row.started_at)
 
+    def resumable(self, batch: str, *, job: str | None = None, run_id: str | None = None) -> Any:
+        """Return the named run, or the latest without success (of a job) that no later one made up for, or None."""
+        return self.session.fetch_one("run.resumable", batch=batch, job=job, run_id=run_id)
+
+    def attempts(self, run_id: str) -> list[Any]:
+        """List the latest attempt at each step of a run."""
+        return self.session.fetch("run.attempts", run_id=run_id)
+
+    def heartbeat(self, run: Mapping[str, Any], lease: timedelta | None) -> Any:
+        """Say that a run is alive and return what it is asked; None if the claim is another's or was closed."""
+        own = {"run_id": run["run_id"], "resumed": run["resumed"], "lease": lease}
+        heard = self.session.fetch_one("run.heartbeat", **own)
+        if heard is None:
+            self.write("run_started", run)
+            heard = self.session.fetch_one("run.heartbeat", **own)
+        return heard
+
+    def request_stop(self, run_id: str, how: str) -> bool:
+        """Ask a live run to end (stop, after_step, now) at its next heartbeat; return whether it was still live."""
+        return bool(self.session.fetch("run.request_stop", run_id=run_id, how=how))
+
     def estimate_seconds(self, job: str) -> float | None:
         """Return the median duration of the last ten successes, None before the first."""
         seconds: float | None = self.session.fetch_one("run.estimate", job=job).seconds
@@ -188,13 +233,18 @@ class Store:
             self.write("skip", {"job": job, "reason": reason, "detail": detail})
 
     def write(self, name: str, values: Mapping[str, Any]) -> Any:
-        """Execute one of the records step_started, step_finished, run_finished, skip; each may be repeated.
+        """Execute a record: run_started, step_started, step_finished, run_finished, skip; each may be repeated.
 
         Args:
             name: The record.
             values: Its columns; `at` is the time it is about, if that is not now.
         """
-        return self.session.fetch_one(f"run.{name}", **{"at": None, **values})
+        columns = {**UNKNOWN, **values}
+        if name != "run_finished":
+            return self.session.fetch_one(f"run.{name}", **columns)
+        with self.session.transaction():
+            self.session.fetch("run.keep")
+            return self.session.fetch_one("run.run_finished", **columns)
 
     def jobs(self) -> list[Any]:
         """List the state of all jobs."""

@@ -25,7 +25,6 @@ from support import batch, wait_for
 from batchctl import config, config_file
 from batchctl.batch import plan, runner
 from batchctl.batch.guards import Guards
-from batchctl.batch.plan import make_plan
 from batchctl.cli import app as door
 from batchctl.cli.admin import STARTER
 from batchctl.errors import MEANING, ConfigurationError, ExitCode
@@ -526,7 +525,7 @@ def test_the_skips_in_readme_are_those_that_the_program_writes():
 
     guards = Guards(
         configuration=configuration,
-        plan=make_plan("daily", configuration.batches["daily"]),
+        job="daily",
         force_gap=False,
         zone=zone,
         clock=FixedClock(at=local(2, 1)),

@@ -29,7 +29,8 @@ def test_accounts_each_do_all_steps_in_the_order_of_the_file():
         (account, step) for account in "ab" for step in ("31", "32", "61", "62")
     ]
     assert [len(stage) for stage in plan.accounts[0].stages] == [1, 1, 1, 1]
-    assert (plan.job, plan.groups, plan.whole) == ("daily", ("search", "upload"), True)
+    assert (plan.job, plan.groups) == ("daily", ("search", "upload"))
+    assert (plan.chosen_accounts, plan.chosen_steps) == (None, None)
     assert plan.jobs == ("daily", "daily/search", "daily/upload")
     assert [step.quantity for step in plan.accounts[0].stages[0]] == [300]
 
@@ -41,18 +42,18 @@ def test_a_parallel_group_is_one_stage():
 
 def test_a_group_is_a_job_of_its_own():
     plan = make_plan("daily", daily(), group="upload", steps=())
-    assert (plan.job, plan.groups, plan.whole) == ("daily/upload", ("upload",), True)
+    assert (plan.job, plan.groups, plan.chosen_steps) == ("daily/upload", ("upload",), None)
 
 
 def test_steps_and_accounts_narrow_a_run():
-    plan = make_plan("daily", daily(accounts=["a", "b"]), account="b", steps=("61", "31"))
+    plan = make_plan("daily", daily(accounts=["a", "b"]), accounts=("b",), steps=("61", "31"))
     assert [(step.account, step.step) for step in plan.steps] == [("b", "31"), ("b", "61")]
-    assert not plan.whole
+    assert (plan.chosen_accounts, plan.chosen_steps) == (("b",), ("31", "61"))
 
 
 @pytest.mark.parametrize(
     "options",
-    [{"account": "x"}, {"group": "x"}, {"steps": ("99",)}, {"group": "upload", "steps": ("31",)}],
+    [{"accounts": ("x",)}, {"group": "x"}, {"steps": ("99",)}, {"group": "upload", "steps": ("31",)}],
 )
 def test_what_the_batch_does_not_have_is_wrong_usage(options):
     with pytest.raises(UsageError):

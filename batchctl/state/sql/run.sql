@@ -9,9 +9,21 @@ SELECT set_config('lock_timeout', '10s', true) AS lock_timeout,
        set_config('statement_timeout', '15s', true) AS statement_timeout,
        set_config('idle_in_transaction_session_timeout', '20s', true) AS idle_timeout;
 
+-- name: keep
+-- What is committed now survives a crash of the server, whatever the role's default is.
+SELECT set_config('synchronous_commit', 'on', true) WHERE current_setting('synchronous_commit') = 'off';
+
 -- name: now
 -- The only clock that decides; read after the lock was obtained, so that waiting for it does not turn it back.
 SELECT clock_timestamp() AS now;
+
+-- name: correct_future
+-- Bring back instants that lie ahead because this database's clock was: a job is never blocked longer than by its gap.
+UPDATE {schema}.state
+SET last_started_at = least(last_started_at, %(now)s), last_completed_at = least(last_completed_at, %(now)s)
+WHERE (job = %(batch)s OR starts_with(job, %(batch)s || '/'))
+  AND greatest(last_started_at, last_completed_at) > %(now)s
+RETURNING job;
 
 -- name: close_dead
 -- Close runs whose processes are known to be gone (this host's, checked before) and those whose claim has run out.
@@ -53,20 +65,88 @@ SELECT last_started_at, last_completed_at, paused FROM {schema}.state WHERE job 
 
 -- name: estimate
 -- How long the job takes: the median of its last ten successes that left nothing out.
-SELECT percentile_cont(0.5) WITHIN GROUP (ORDER BY extract(epoch FROM finished_at - started_at)) AS seconds
+SELECT percentile_cont(0.5) WITHIN GROUP (ORDER BY extract(epoch FROM coalesce(duration, finished_at - started_at)))
+       AS seconds
 FROM (
-    SELECT started_at, finished_at FROM {schema}.run
-    WHERE job = %(job)s AND outcome = 'success' AND whole ORDER BY started_at DESC LIMIT 10
+    SELECT started_at, finished_at, duration FROM {schema}.run
+    WHERE job = %(job)s AND outcome = 'success' AND whole AND resumed = 0 ORDER BY started_at DESC LIMIT 10
 ) AS latest;
 
 -- name: claim
 -- Claim the batch; no row comes back if another run is live, which the unique index decides.
-INSERT INTO {schema}.run (run_id, batch, job, groups, host, hostname, boot_id, pid, pid_start_ticks,
+INSERT INTO {schema}.run (run_id, batch, job, groups, accounts, steps, host, hostname, boot_id, pid, pid_start_ticks,
                           started_at, heartbeat_at, claimed_until, whole, config_hash)
-VALUES (%(run_id)s, %(batch)s, %(job)s, %(groups)s, %(host)s, %(hostname)s, %(boot_id)s, %(pid)s, %(pid_start_ticks)s,
+VALUES (%(run_id)s, %(batch)s, %(job)s, %(groups)s, %(accounts)s, %(steps)s,
+        %(host)s, %(hostname)s, %(boot_id)s, %(pid)s, %(pid_start_ticks)s,
         %(now)s, %(now)s, %(now)s + %(claim)s, %(whole)s, %(config_hash)s)
 ON CONFLICT (batch) WHERE outcome IS NULL DO NOTHING
-RETURNING run_id;
+RETURNING run_id, started_at, resumed;
+
+-- name: resume
+-- Claim the batch for a run that has ended without success; no row comes back if it has been continued meanwhile.
+UPDATE {schema}.run
+SET outcome = NULL, reason = NULL, finished_at = NULL, duration = NULL, stop_requested = NULL, resumed = resumed + 1,
+    host = %(host)s, hostname = %(hostname)s, boot_id = %(boot_id)s, pid = %(pid)s,
+    pid_start_ticks = %(pid_start_ticks)s, heartbeat_at = %(now)s, claimed_until = %(now)s + %(claim)s,
+    config_hash = %(config_hash)s
+WHERE run_id = %(run_id)s AND outcome <> 'success' AND resumed = %(resumed)s
+RETURNING run_id, started_at, resumed;
+
+-- name: run_started
+-- Record a claim again that the database has lost, as a standby may that took over; one that is there stays as it is.
+WITH lost AS (
+    INSERT INTO {schema}.run (run_id, batch, job, groups, accounts, steps, host, hostname, boot_id, pid,
+                              pid_start_ticks, started_at, heartbeat_at, claimed_until, whole, config_hash, resumed)
+    VALUES (%(run_id)s, %(batch)s, %(job)s, %(groups)s::text[], %(accounts)s::text[], %(steps)s::text[],
+            %(host)s, %(hostname)s, %(boot_id)s, %(pid)s, %(pid_start_ticks)s,
+            %(started_at)s::timestamptz, coalesce(%(at)s::timestamptz, clock_timestamp()),
+            %(claimed_until)s::timestamptz, %(whole)s, %(config_hash)s, %(resumed)s)
+    ON CONFLICT DO NOTHING
+    RETURNING run_id, started_at
+)
+INSERT INTO {schema}.state (job, last_started_at, last_run_id)
+SELECT job, lost.started_at, lost.run_id FROM lost, unnest(%(jobs)s::text[]) AS job
+ON CONFLICT (job) DO UPDATE
+SET last_started_at = greatest(state.last_started_at, EXCLUDED.last_started_at), last_run_id = EXCLUDED.last_run_id;
+
+-- name: heartbeat
+-- Say that a run is alive, prolong its lease if it has one, and hear what it is asked; no row if it is not ours any more.
+UPDATE {schema}.run
+SET heartbeat_at = clock_timestamp(),
+    claimed_until = CASE WHEN %(lease)s::interval IS NULL THEN claimed_until
+                         ELSE clock_timestamp() + %(lease)s::interval END
+WHERE run_id = %(run_id)s AND outcome IS NULL AND resumed = %(resumed)s
+RETURNING stop_requested;
+
+-- name: request_stop
+-- Ask the live run of a batch on another host to end; it looks at each heartbeat.
+UPDATE {schema}.run SET stop_requested = %(how)s WHERE run_id = %(run_id)s AND outcome IS NULL RETURNING run_id;
+
+-- name: resumable
+-- The run that --resume means: the named one, else the latest without success that no later success has made up for.
+SELECT run_id, job, groups, accounts, steps, outcome, resumed, started_at
+FROM {schema}.run r
+WHERE batch = %(batch)s AND (%(job)s::text IS NULL OR job = %(job)s)
+  AND CASE WHEN %(run_id)s::text IS NOT NULL THEN run_id = %(run_id)s
+      ELSE outcome IS DISTINCT FROM 'success' AND NOT EXISTS (
+          SELECT FROM {schema}.run later
+          WHERE later.batch = r.batch AND later.job IN (r.job, r.batch) AND later.started_at > r.started_at
+            AND later.outcome = 'success'
+            AND (later.whole OR (later.accounts, later.steps) IS NOT DISTINCT FROM (r.accounts, r.steps)))
+      END
+ORDER BY started_at DESC LIMIT 1;
+
+-- name: attempts
+-- The latest attempt at each step of a run.
+SELECT DISTINCT ON (account, step) account, step, step_group, attempt, outcome, exit_code, signal, reason, quantity, log,
+       config_hash, extract(epoch FROM finished_at - started_at)::float8 AS duration_seconds
+FROM {schema}.step_run WHERE run_id = %(run_id)s ORDER BY account, step, attempt DESC;
+
+-- name: mark_resumed
+-- A run that goes on is again the one its jobs belong to; it is no new start.
+INSERT INTO {schema}.state (job, last_run_id)
+SELECT job, %(run_id)s FROM unnest(%(jobs)s::text[]) AS job
+ON CONFLICT (job) DO UPDATE SET last_run_id = EXCLUDED.last_run_id;
 
 -- name: mark_started
 -- A start counts for the batch and for each group that takes part.
@@ -76,31 +156,32 @@ ON CONFLICT (job) DO UPDATE SET last_started_at = EXCLUDED.last_started_at, last
 
 -- name: step_started
 -- Record an attempt at a step as soon as its process exists.
-WITH heard AS (UPDATE {schema}.run SET heartbeat_at = clock_timestamp() WHERE run_id = %(run_id)s)
-INSERT INTO {schema}.step_run (run_id, account, step, attempt, step_group, pid, pid_start_ticks, started_at, quantity, log)
+INSERT INTO {schema}.step_run (run_id, account, step, attempt, step_group, pid, pid_start_ticks, started_at, quantity, log,
+                               config_hash)
 VALUES (%(run_id)s, %(account)s, %(step)s, %(attempt)s, %(group)s, %(pid)s, %(pid_start_ticks)s,
-        coalesce(%(at)s::timestamptz, clock_timestamp()), %(quantity)s, %(log)s)
+        coalesce(%(at)s::timestamptz, clock_timestamp()), %(quantity)s, %(log)s, %(config_hash)s)
 ON CONFLICT (run_id, account, step, attempt) DO NOTHING;
 
 -- name: step_finished
--- Record how an attempt ended.
-WITH heard AS (UPDATE {schema}.run SET heartbeat_at = clock_timestamp() WHERE run_id = %(run_id)s)
+-- Record how an attempt ended; what is recorded of its end already stays, as if a late record had come in time.
 INSERT INTO {schema}.step_run (run_id, account, step, attempt, step_group, started_at, finished_at, outcome, reason,
-                               exit_code, signal, quantity, log)
+                               exit_code, signal, quantity, log, config_hash)
 VALUES (%(run_id)s, %(account)s, %(step)s, %(attempt)s, %(group)s,
         coalesce(%(at)s::timestamptz, clock_timestamp()) - %(duration)s::interval,
         coalesce(%(at)s::timestamptz, clock_timestamp()),
-        %(outcome)s, %(reason)s, %(exit_code)s, %(signal)s, %(quantity)s, %(log)s)
+        %(outcome)s, %(reason)s, %(exit_code)s, %(signal)s, %(quantity)s, %(log)s, %(config_hash)s)
 ON CONFLICT (run_id, account, step, attempt) DO UPDATE
 SET finished_at = EXCLUDED.finished_at, outcome = EXCLUDED.outcome, reason = EXCLUDED.reason,
-    exit_code = EXCLUDED.exit_code, signal = EXCLUDED.signal;
+    exit_code = EXCLUDED.exit_code, signal = EXCLUDED.signal
+WHERE step_run.finished_at IS NULL;
 
 -- name: run_finished
 -- Record the end of a run, and the completion for the batch and each group that took part.
 WITH ended AS (
     UPDATE {schema}.run
-    SET outcome = %(outcome)s, reason = %(reason)s, finished_at = coalesce(%(at)s::timestamptz, clock_timestamp())
-    WHERE run_id = %(run_id)s AND finished_at IS NULL
+    SET outcome = %(outcome)s, reason = %(reason)s, finished_at = coalesce(%(at)s::timestamptz, clock_timestamp()),
+        duration = %(duration)s::interval
+    WHERE run_id = %(run_id)s AND finished_at IS NULL AND resumed = %(resumed)s
     RETURNING finished_at
 ), jobs AS (
     UPDATE {schema}.state
@@ -142,7 +223,8 @@ ORDER BY s.job;
 -- What ran and what was skipped, newest first.
 SELECT * FROM (
     (SELECT 'run' AS kind, job, started_at AS at, outcome, reason, run_id,
-            extract(epoch FROM finished_at - started_at)::float8 AS duration_seconds, NULL AS detail, 1 AS count
+            extract(epoch FROM coalesce(duration, finished_at - started_at))::float8 AS duration_seconds,
+            NULL AS detail, 1 AS count
      FROM {schema}.run
      WHERE %(job)s::text IS NULL OR job = %(job)s OR batch = %(job)s
      ORDER BY started_at DESC LIMIT %(limit)s)
