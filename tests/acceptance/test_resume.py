@@ -81,6 +81,7 @@ def test_what_succeeded_after_the_failure_is_not_done_again(batchctl):
 def test_a_killed_run_goes_on(batchctl):
     batchctl.configure(batch([("31", MARK), ("32", MARK + "test -e go_on || exec sleep 60")]))
     process = batchctl.start("run-batch", "--json")
+    wait_for((batchctl.directory / "ran").exists, what="the first step")
     with psycopg.connect(batchctl.url) as connection:
         pid = wait_for(
             lambda: connection.execute("SELECT pid FROM batchctl.step_run WHERE step = '32'").fetchone(), what="its row"
