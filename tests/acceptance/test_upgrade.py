@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import psycopg
 from psycopg import sql
+from psycopg.conninfo import conninfo_to_dict
 from support import batch
 
 from batchctl.clock import SystemClock
@@ -70,15 +71,9 @@ def test_a_journal_of_the_first_version_is_recorded(batchctl):
         run_id = connection.execute("UPDATE batchctl.run SET outcome = NULL, finished_at = NULL RETURNING run_id")
         run_id = run_id.fetchone()[0]
         connection.execute("UPDATE batchctl.step_run SET outcome = NULL, finished_at = NULL")
-    # A first run with its database away makes the file; what it holds is then that of the first version.
-    url, batchctl.environment = batchctl.url, {}
-    journal = batchctl.directory / "state" / "journal"
-    journal.mkdir(mode=0o700, exist_ok=True)
-    from batchctl.state.database import _url_parameters
-
-    made = Journal(
-        batchctl.directory / "state", Database(_url_parameters(url), "batchctl", SystemClock()), SystemClock()
-    )
+    clock = SystemClock()
+    database = Database(conninfo_to_dict(batchctl.url), "batchctl", clock)
+    journal = Journal(batchctl.directory / "state", database, clock)
     journal.append(
         "step_finished",
         {
