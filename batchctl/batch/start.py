@@ -12,15 +12,16 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
-from batchctl.batch.guards import INTERRUPTED, Guards, Skip, listed
+from batchctl.batch.guards import INTERRUPTED, Guards, Skip
 from batchctl.batch.process import Interruption
 from batchctl.batch.record import Recorder
 from batchctl.batch.result import RunResult, StepResult
 from batchctl.batch.runner import Runner, RunSetting
 from batchctl.errors import BatchctlError
 from batchctl.guard.identity import ProcessIdentity, identify
-from batchctl.guard.liveness import Orphan, RunLock, marked_processes
+from batchctl.guard.liveness import listed
 from batchctl.guard.lock import Holder, acquire, lock_path, read_holder
+from batchctl.guard.run_locks import RunLocks
 from batchctl.logs import elapsed, shown
 from batchctl.state.within import within
 
@@ -93,16 +94,18 @@ class Start:
         if skip is not None:
             return skip
         # Made before the claim, so that what a full disk prevents is not claimed.
-        run_lock = RunLock(self.guards.configuration.state_dir, self.guards.plan.batch, run_id)
+        locks = RunLocks(
+            self.guards.configuration.state_dir, self.guards.plan.batch, run_id, process, self.guards.clock
+        )
         claimed: Skip | datetime | None = None
         try:
             claimed = self.guards.claim(store, state, run_id, process, interruption)
         finally:
             if not isinstance(claimed, datetime):
-                run_lock.release()
+                locks.release()
         if isinstance(claimed, Skip):
             return claimed
-        return Claimed(claimed, self.guards.clock.monotonic(), run_lock)
+        return Claimed(claimed, self.guards.clock.monotonic(), locks)
 
     def _result(self, outcome: str, **values: Any) -> RunResult:
         return RunResult(self.guards.plan.batch, self.guards.group, outcome, **values)
@@ -163,7 +166,7 @@ class Start:
                     run_id=run_id,
                     directory=guards.configuration.directory,
                     log_dir=guards.configuration.log_dir / guards.plan.batch / run_id,
-                    lock_descriptor=claimed.run_lock.descriptor,
+                    locks=claimed.locks,
                     deadline=claimed.began + guards.batch.timeout.total_seconds(),
                     deadline_at=claimed.started_at + guards.batch.timeout,
                     environment=self.environment,
@@ -184,7 +187,7 @@ class Start:
             duration = guards.clock.monotonic() - claimed.began
             ended: dict[str, Any] = {"run_id": run_id, "outcome": outcome, "reason": reason}
             row = recorder.write("run_finished", {**ended, "jobs": list(guards.plan.jobs)})
-            self._name_leftovers(run_id, claimed.run_lock)
+            self._name_leftovers(claimed.locks)
             level = log.info if outcome == "success" else log.error
             level("Run finished: %s in %s", outcome, elapsed(duration))
         finished_at = row.finished_at if row else claimed.now(guards.clock)
@@ -202,13 +205,12 @@ class Start:
             signal=interruption.signal,
         )
 
-    def _name_leftovers(self, run_id: str, run_lock: RunLock) -> None:
-        if run_lock.release():
-            left = [Orphan(run_id, pid, what) for pid, run_id, what in marked_processes([run_id])]
-            policy = "is skipped because of" if self.guards.batch.leftovers == "skip" else "ignores"
-            self.guards.log.warning(
-                "The run left processes alive, the next start %s them: %s", policy, listed(left) or "they are hidden"
-            )
+    def _name_leftovers(self, locks: RunLocks) -> None:
+        left = locks.release()
+        if left:
+            ignored = self.guards.batch.leftovers == "ignore" and not locks.unfinished
+            policy = "ignores" if ignored else "is skipped because of"
+            self.guards.log.warning("The run left processes alive, the next start %s them: %s", policy, listed(left))
 
     def _estimate(self, state: State, duration: float) -> float:
         if not self.guards.batch.gap_factor:
@@ -231,12 +233,12 @@ class Claimed:
     Args:
         started_at: When, by the database's clock.
         began: The same by the monotonic clock.
-        run_lock: What the steps inherit.
+        locks: What says that the run lives, and what its steps inherit.
     """
 
     started_at: datetime
     began: float
-    run_lock: RunLock
+    locks: RunLocks
 
     def now(self, clock: Clock) -> datetime:
         """Return the time by the database's clock without asking it; the host's own may be wrong."""
