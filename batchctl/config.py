@@ -13,6 +13,7 @@ from msgspec import Meta, Struct
 
 # `$` alone would let a final newline pass.
 DURATION_PATTERN = r"^([0-9]+d)?([0-9]+h)?([0-9]+m)?([0-9]+s)?$(?!\n)"
+SIZE_PATTERN = r"^([1-9][0-9]{0,5}(kB|MB|GB))?$(?!\n)"
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$(?!\n)"
 IDENTIFIER_PATTERN = r"^[^\s/.\x00-\x1f\x7f][^/\x00-\x1f\x7f]*$(?!\n)"
 GRAIN_PATTERN = r"^[1-9][0-9]*[smh]$(?!\n)"
@@ -62,6 +63,30 @@ def parse_duration(text: str) -> Duration:
     if seconds > LONGEST_DAYS * units["d"]:
         raise ValueError(f"found {text!r}, expected a duration of at most {LONGEST_DAYS}d")
     return Duration(seconds=seconds)
+
+
+class Size(int):
+    """A number of bytes, written like 500kB, 64MB or 2GB, or an empty text for no limit."""
+
+    def __str__(self) -> str:
+        for unit, count in reversed(SIZE_UNITS.items()):
+            if self and self % count == 0:
+                return f"{self // count}{unit}"
+        return f"{int(self)}B" if self else ""
+
+
+SIZE_UNITS = {"kB": 1000, "MB": 1_000_000, "GB": 1_000_000_000}
+
+
+def parse_size(text: str) -> Size:
+    """Read 500kB, 64MB or 2GB; an empty text is 0, for no limit.
+
+    Raises:
+        ValueError: it is anything else; the message says what is allowed.
+    """
+    if re.match(SIZE_PATTERN, text) is None:
+        raise ValueError(f"found {text!r}, expected a size such as 500kB, 64MB or 2GB, or nothing for no limit")
+    return Size(int(text[:-2]) * SIZE_UNITS[text[-2:]]) if text else Size()
 
 
 def duration_default(text: str) -> Any:
@@ -116,6 +141,7 @@ class Batch(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     on_failure: Literal["continue", "stop"] = "continue"
     on_lost_database: Literal["continue", "stop"] = "continue"
     leftovers: Literal["skip", "ignore"] = "skip"
+    output_cap: Size = msgspec.field(default_factory=lambda: parse_size("64MB"))
     hours: str = ""
     enabled: bool = True
     group: Mapping[Name, Group] = {}
@@ -186,6 +212,8 @@ def json_schema() -> dict[str, Any]:
     """Describe the file for editors, as JSON Schema."""
 
     def describe(kind: type) -> dict[str, Any]:
+        if issubclass(kind, Size):
+            return {"type": "string", "pattern": SIZE_PATTERN, "description": str(kind.__doc__)}
         pattern = DURATION_PATTERN if issubclass(kind, OptionalDuration) else f"(?!^$){DURATION_PATTERN}"
         return {"type": "string", "pattern": pattern, "description": str(kind.__doc__)}
 

@@ -24,9 +24,11 @@ from batchctl.config import (
     Group,
     OptionalDuration,
     Rollup,
+    Size,
     Step,
     grain_seconds,
     parse_duration,
+    parse_size,
 )
 from batchctl.errors import ConfigurationError
 
@@ -300,6 +302,11 @@ class _Reader:
 
 
 def _decode_hook(kind: type, value: Any) -> Any:
+    if issubclass(kind, Size):
+        if not isinstance(value, str):
+            # ValueError is what msgspec turns into an error with a key path.
+            raise ValueError(f'found {_brief(value)}, expected a size in quotes such as "64MB"')  # noqa: TRY004
+        return parse_size(value)
     if issubclass(kind, Duration):
         if not isinstance(value, str):
             # ValueError is what msgspec turns into an error with a key path.

@@ -12,13 +12,13 @@ from batchctl.batch.result import HolderShown
 from batchctl.config import Duration
 from batchctl.guard.gap import Refusal, earliest_start, gap_rule, job_hours, refused
 from batchctl.guard.identity import ProcessIdentity
-from batchctl.guard.liveness import Orphan, Recorded, find_orphans
+from batchctl.guard.liveness import Orphan, Recorded, find_orphans, forget_runs, listed
 from batchctl.logs import elapsed, shown
 from batchctl.schedule.cron import inside_hours, next_inside_hours
 
 if TYPE_CHECKING:
     import logging
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable
     from contextlib import AbstractContextManager
 
     from batchctl.batch.interruption import Interruption
@@ -120,25 +120,18 @@ class Guards:
         )
 
     def alive(self, store: Store, host: Host) -> Skip | None:
-        recorded = [
-            Recorded(
-                row.run_id,
-                "batchctl" if row.step is None else f"step {row.step} of account {row.account}",
-                ProcessIdentity(row.pid, row.pid_start_ticks, row.boot_id),
-            )
-            for row in store.unfinished(self.name, host.host_id)
-        ]
-        orphans = tuple(find_orphans(self.configuration.state_dir, self.name, recorded))
-        # What a run left that has an end was left on purpose; what a dead run left is its unfinished work.
-        unfinished = {record.run_id for record in recorded}
-        kept = [orphan for orphan in orphans if orphan.run_id not in unfinished]
+        state_dir, batch = self.configuration.state_dir, self.name
+        orphans = tuple(find_orphans(state_dir, batch, recorded_processes(store, batch, host.host_id)))
+        forget_runs(state_dir, batch, {orphan.run_id for orphan in orphans})
+        # What a run left that ended by itself was left on purpose; what a dead run left is its unfinished work.
+        kept = [orphan for orphan in orphans if orphan.run_ended]
         if kept and self.batch.leftovers == "ignore":
             self.log.warning("An earlier run left processes alive, ignored as configured: %s", listed(kept))
-            orphans = tuple(orphan for orphan in orphans if orphan.run_id in unfinished)
+            orphans = tuple(orphan for orphan in orphans if not orphan.run_ended)
         if not orphans:
             return None
-        live = store.live(self.name)
-        if live is not None and any(orphan.what == "batchctl" and orphan.pid == live.pid for orphan in orphans):
+        live = store.live(batch)
+        if live is not None and any(orphan.supervisor and orphan.run_id == live.run_id for orphan in orphans):
             # Somebody removed the lock file under the holder.
             return self._in_progress("running", _shown_holder(live))
         return Skip("orphans", f"An earlier run left processes alive: {listed(orphans)}. Skipped.", orphans=orphans)
@@ -233,9 +226,12 @@ class Guards:
         )
 
 
-def listed(orphans: Iterable[Orphan]) -> str:
-    """Name processes for people."""
-    return "; ".join(f"pid {orphan.pid or '?'}, {orphan.what}" for orphan in orphans)
+def recorded_processes(store: Store, batch: str, host_id: str) -> list[Recorded]:
+    """List the processes that a host's unfinished runs of a batch wrote down."""
+    return [
+        Recorded(row.run_id, ProcessIdentity(row.pid, row.pid_start_ticks, row.boot_id), row.account, row.step)
+        for row in store.unfinished(batch, host_id)
+    ]
 
 
 def _shown_holder(live: LiveRun) -> HolderShown:

@@ -11,8 +11,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from batchctl.guard.identity import PROCESS_GROUP, session_members, start_ticks, stat_fields
-from batchctl.guard.liveness import RUN_MARKER, marked_processes
+from batchctl.guard.ending import KILLED_SECONDS, end_processes, with_descendants
+from batchctl.guard.identity import running, start_ticks
+from batchctl.guard.liveness import traces
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -20,10 +21,9 @@ if TYPE_CHECKING:
 
     from batchctl.batch.interruption import Interruption
     from batchctl.clock import Clock
+    from batchctl.guard.identity import Running
+    from batchctl.guard.run_locks import StepLock
 
-KILLED_SECONDS = 5.0
-"""How long the kernel may take to end a killed process before the run goes on without it (a dead network mount)."""
-POLL_SECONDS = 0.05
 COMMAND_NOT_FOUND, COMMAND_NOT_EXECUTABLE = 127, 126
 """What a shell returns in the same cases."""
 
@@ -65,15 +65,15 @@ class Command:
         arguments: Program and arguments, never a shell line.
         directory: Where to start it.
         environment: Its whole environment, with the run's marker.
-        log: File that its output is appended to.
-        inherited: Descriptor that it and its children keep open (the run's lock).
+        output: Descriptor of a file that its output goes to.
+        lock: What it and its children keep open.
     """
 
     arguments: Sequence[str]
     directory: Path
     environment: Mapping[str, str]
-    log: Path
-    inherited: int
+    output: int
+    lock: StepLock
 
 
 class Child:
@@ -81,30 +81,29 @@ class Child:
 
     def __init__(self, command: Command, interruption: Interruption) -> None:
         self._interruption = interruption
-        self._marker = {name: command.environment[name] for name in (RUN_MARKER, "BATCHCTL_ACCOUNT", "BATCHCTL_STEP")}
-        descriptor = os.open(command.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o600)
-        try:
-            # A file, never a pipe: whatever the command leaves running could hold a pipe open for ever.
-            self._popen = subprocess.Popen(
-                command.arguments,
-                cwd=command.directory,
-                env=command.environment,
-                stdin=subprocess.DEVNULL,
-                stdout=descriptor,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                pass_fds=(command.inherited,),
-            )
-        finally:
-            os.close(descriptor)
+        self._lock = command.lock
+        # A file, never a pipe: whatever the command leaves running could hold a pipe open for ever.
+        self._popen = subprocess.Popen(
+            command.arguments,
+            cwd=command.directory,
+            env=command.environment,
+            stdin=subprocess.DEVNULL,
+            stdout=command.output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            pass_fds=(command.lock.descriptor,),
+        )
+        command.lock.hand_over()
         self.pid = self._popen.pid
         self.start_ticks = start_ticks(self.pid)
         self._exited = False
         # One blocked thread costs nothing while the command runs, and works on every kernel.
-        threading.Thread(target=self._reap, daemon=True, name=f"wait {self.pid}").start()
+        threading.Thread(target=self._watch, daemon=True, name=f"wait {self.pid}").start()
 
-    def _reap(self) -> None:
-        self._popen.wait()
+    def _watch(self) -> None:
+        # The process stays a zombie until `reap`, so nothing else can get its number while we may signal it.
+        with suppress(ChildProcessError):
+            os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
         with self._interruption.condition:
             self._exited = True
             self._interruption.condition.notify_all()
@@ -120,55 +119,36 @@ class Child:
             )
             return self._exited
 
-    @property
-    def returncode(self) -> int | None:
-        return self._popen.returncode
+    def reap(self) -> int | None:
+        """Free the command's number; return how it ended as subprocess has it, None if it could not be ended."""
+        return self._popen.wait() if self._exited else None
 
-    def survivors(self) -> list[int]:
-        """List what still runs in the command's session."""
-        return session_members(self.pid)
+    def members(self) -> set[Running]:
+        """List what runs of the attempt, also what left its session or cleared its environment."""
+        file = self._lock.file
+        traced = {
+            trace.process.pid
+            for trace in traces([file.run_id], [file])
+            if (trace.account, trace.step) == (file.account, file.step)
+        }
+        session = {process.pid for process in running() if process.session == self.pid}
+        return with_descendants(traced | session)
 
     def end(self, grace: float, clock: Clock) -> None:
-        """End the session: SIGTERM, grace, SIGKILL, then a sweep for descendants that left it.
+        """End everything of the attempt: SIGTERM, grace, SIGKILL, until nothing is left.
 
         A second request to end cuts the grace short.
         """
-        give_up = clock.monotonic() + grace
         seen = max(self._interruption.count, 1)
-        self._signal_session(signal.SIGTERM)
-        self.wait(give_up, clock, seen=seen)
-        while self.survivors() and clock.monotonic() < give_up and self._interruption.count <= seen:
-            clock.sleep(POLL_SECONDS)
-        self._kill(clock)
-        self._sweep()
+        give_up = clock.monotonic() + grace
+        end_processes(self.members, grace, clock, group=self.pid, hurried=lambda: self._interruption.count > seen)
+        if not self._exited:
+            # What /proc hides is not found; but the number of our own child is its own until it is reaped.
+            self.wait(give_up, clock, seen=seen)
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.pid, signal.SIGKILL)
         # Only an exit ends this wait: requests to end have had their effect.
         self.wait(clock.monotonic() + KILLED_SECONDS, clock, seen=sys.maxsize)
-
-    def _signal_session(self, number: int) -> None:
-        survivors = self.survivors()
-        if not survivors:
-            return  # nobody holds the session's number any more, so it may already be another's
-        with suppress(ProcessLookupError, PermissionError):
-            # The group at once, so that a process that forks meanwhile cannot escape.
-            os.killpg(self.pid, number)
-        for pid in survivors:
-            fields = stat_fields(pid)
-            if fields and int(fields[PROCESS_GROUP]) != self.pid:
-                _send(pid, number)
-
-    def _kill(self, clock: Clock) -> None:
-        give_up = clock.monotonic() + KILLED_SECONDS
-        self._signal_session(signal.SIGKILL)
-        while self.survivors() and clock.monotonic() < give_up:
-            clock.sleep(POLL_SECONDS)
-            self._signal_session(signal.SIGKILL)
-
-    def _sweep(self) -> None:
-        run_id = self._marker[RUN_MARKER]
-        what = f"step {self._marker['BATCHCTL_STEP']} of account {self._marker['BATCHCTL_ACCOUNT']}:"
-        for pid, _, found in marked_processes([run_id]):
-            if found.startswith(what):
-                _send(pid, signal.SIGKILL)
 
 
 def run_child(
@@ -202,22 +182,22 @@ def run_child(
             "failed", codes.get(type(error)), None, f"cannot start {name!r}: {getattr(error, 'strerror', error)}"
         )
     began = clock.monotonic()
-    started(child)
+    try:
+        started(child)
+    except BaseException:
+        # Nobody would wait for it.
+        child.end(0, clock)
+        child.reap()
+        raise
     seconds, what = min(timeouts)
     if child.wait(began + seconds, clock):
-        return interpret(child.returncode, None)
+        return interpret(child.reap(), None)
     if interruption.count:
         ended_by, reason = "stopped", interruption.reason
     else:
         ended_by, reason = "timeout", what
     child.end(grace, clock)
-    return interpret(child.returncode, ended_by, reason)
-
-
-def _send(pid: int, number: int) -> None:
-    # It may have just gone, or changed its user; in the second case the next start will name it.
-    with suppress(ProcessLookupError, PermissionError):
-        os.kill(pid, number)
+    return interpret(child.reap(), ended_by, reason)
 
 
 def _signal_name(number: int) -> str:

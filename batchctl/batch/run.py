@@ -6,22 +6,23 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
-from batchctl.batch.guards import Guards, State, listed
 from batchctl.batch.heartbeat import Heartbeat
 from batchctl.batch.record import Recorder
 from batchctl.batch.result import RunResult, StepResult
 from batchctl.batch.runner import Runner, RunSetting
 from batchctl.errors import BatchctlError
-from batchctl.guard.liveness import Orphan, RunLock, marked_processes
+from batchctl.guard.liveness import listed
 from batchctl.logs import elapsed, shown
 from batchctl.state.within import within
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from batchctl.batch.guards import Guards, State
     from batchctl.batch.interruption import Interruption
     from batchctl.batch.resume import Work
     from batchctl.clock import Clock
+    from batchctl.guard.run_locks import RunLocks
 
 SKIP_LIMIT_SECONDS = 2.0
 """How long what is decided already may wait for the database."""
@@ -36,14 +37,14 @@ class Claimed:
         run: The claim, as values of the record `run_started`.
         at: When it was made, by the database's clock.
         began: The same by the monotonic clock.
-        run_lock: What the steps inherit.
+        locks: What says that the run lives, and what its steps inherit.
     """
 
     work: Work
     run: Mapping[str, Any]
     at: datetime
     began: float
-    run_lock: RunLock
+    locks: RunLocks
 
     @property
     def run_id(self) -> str:
@@ -98,7 +99,13 @@ class Run:
                 watch=self.watch,
             )
             with Heartbeat(
-                recorder, self.interruption, lease=guards.lease, grace=guards.batch.grace, clock=clock, log=log
+                recorder,
+                self.interruption,
+                lease=guards.lease,
+                grace=guards.batch.grace,
+                clock=clock,
+                log=log,
+                looks=(runner.output.check,),
             ):
                 steps = runner.run()
             outcome, reason = runner.outcome(), runner.reason()
@@ -147,20 +154,19 @@ class Run:
             run_id=claimed.run_id,
             directory=guards.configuration.directory,
             log_dir=guards.configuration.log_dir / guards.name / claimed.run_id,
-            lock_descriptor=claimed.run_lock.descriptor,
+            locks=claimed.locks,
             deadline=claimed.began + guards.batch.timeout.total_seconds(),
             deadline_at=claimed.at + guards.batch.timeout,
             environment=self.environment,
         )
 
     def _name_leftovers(self) -> None:
-        if self.claimed.run_lock.release():
-            run_id = self.claimed.run_id
-            left = [Orphan(run_id, pid, what) for pid, run_id, what in marked_processes([run_id])]
-            policy = "is skipped because of" if self.guards.batch.leftovers == "skip" else "ignores"
-            self.guards.log.warning(
-                "The run left processes alive, the next start %s them: %s", policy, listed(left) or "they are hidden"
-            )
+        locks = self.claimed.locks
+        left = locks.release()
+        if left:
+            ignored = self.guards.batch.leftovers == "ignore" and not locks.unfinished
+            policy = "ignores" if ignored else "is skipped because of"
+            self.guards.log.warning("The run left processes alive, the next start %s them: %s", policy, listed(left))
 
     def _estimate(self, duration: float) -> float:
         if not self.guards.batch.gap_factor:

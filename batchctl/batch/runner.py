@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
+from batchctl.batch.output import OutputCap
 from batchctl.batch.plan import PlannedStep, fill
 from batchctl.batch.process import Child, Command, Ending, run_child
 from batchctl.batch.result import StepResult
+from batchctl.errors import BatchctlError
+from batchctl.guard.liveness import listed
 from batchctl.paths import private_directory
 
 if TYPE_CHECKING:
@@ -25,7 +29,10 @@ if TYPE_CHECKING:
     from batchctl.batch.resume import Work
     from batchctl.clock import Clock
     from batchctl.config import Batch
+    from batchctl.guard.run_locks import RunLocks, StepLock
 
+LOOKED_AFTER_SECONDS = 1.0
+"""From how long on a step is worth a look through all processes for what it left: shorter ones come in hundreds."""
 RETRY_SECONDS, RETRY_LONGEST_SECONDS = 10.0, 600.0
 """The delay before the first retry, doubled for each further one up to the longest."""
 
@@ -39,7 +46,7 @@ class RunSetting:
         run_id: Its id.
         directory: Working directory of the steps.
         log_dir: Directory for the output of this run's steps.
-        lock_descriptor: What every step inherits.
+        locks: What each step inherits, one for each attempt.
         deadline: When the whole run is over, by the monotonic clock.
         deadline_at: The same as an instant, for the steps to know.
         environment: What the steps inherit.
@@ -49,7 +56,7 @@ class RunSetting:
     run_id: str
     directory: Path
     log_dir: Path
-    lock_descriptor: int
+    locks: RunLocks
     deadline: float
     deadline_at: datetime
     environment: Mapping[str, str]
@@ -77,6 +84,7 @@ class Runner:
         self._interruption = interruption
         self._log = log
         self._watch = watch
+        self.output = OutputCap(setting.batch.output_cap, log)
         self._guard = threading.Lock()
         self._stopped_by_policy = False
         self._cut_off = False
@@ -182,31 +190,88 @@ class Runner:
             )
 
         self._update(step, attempts=attempt, log=str(log_path), running=True)
-        private_directory(log_path.parent)
-        ending = run_child(
-            Command(
-                arguments=[
-                    fill(text, batch=self._plan.batch, run_id=setting.run_id, step=step) for text in step.command
-                ],
-                directory=setting.directory,
-                environment=self._environment(step, attempt),
-                log=log_path,
-                inherited=setting.lock_descriptor,
-            ),
-            timeouts=[
-                (step.timeout.total_seconds(), f"ran longer than its timeout of {step.timeout}"),
-                (setting.deadline - began, f"the whole run reached its timeout of {setting.batch.timeout}"),
-            ],
-            grace=setting.batch.grace.total_seconds(),
-            interruption=self._interruption,
-            clock=self._clock,
-            started=started,
-        )
+        try:
+            lock = setting.locks.step(step.account, step.step, attempt)
+            try:
+                ending = self._execute(step, attempt, lock, log_path, started)
+            finally:
+                left = lock.release()
+            self._name_leftovers(step, ending, seen=left or self._clock.monotonic() - began >= LOOKED_AFTER_SECONDS)
+        except BatchctlError as error:
+            ending = Ending("failed", reason=f"cannot be started: {error}")
+        except Exception as error:  # noqa: BLE001 - whatever becomes of one step, the others and the accounts go on
+            ending = Ending("failed", reason=f"a bug in batchctl: {type(error).__name__}: {error}")
         values: dict[str, Any] = {"outcome": ending.outcome, "reason": ending.reason}
         values |= {"exit_code": ending.exit_code, "signal": ending.signal}
         duration = timedelta(seconds=self._clock.monotonic() - began)
         self._recorder.write("step_finished", {**key, **known, **values, "duration": duration})
         return ending
+
+    def _execute(
+        self, step: PlannedStep, attempt: int, lock: StepLock, log_path: Path, started: Callable[[Child], None]
+    ) -> Ending:
+        setting = self._setting
+        output = self._open_output(step, log_path)
+        try:
+            return run_child(
+                Command(
+                    arguments=[
+                        fill(text, batch=self._plan.batch, run_id=setting.run_id, step=step) for text in step.command
+                    ],
+                    directory=setting.directory,
+                    environment=self._environment(step, attempt),
+                    output=output,
+                    lock=lock,
+                ),
+                timeouts=[
+                    (step.timeout.total_seconds(), f"ran longer than its timeout of {step.timeout}"),
+                    (
+                        setting.deadline - self._clock.monotonic(),
+                        f"the whole run reached its timeout of {setting.batch.timeout}",
+                    ),
+                ],
+                grace=setting.batch.grace.total_seconds(),
+                interruption=self._interruption,
+                clock=self._clock,
+                started=started,
+            )
+        finally:
+            os.close(output)
+            self.output.finish(log_path)
+
+    def _open_output(self, step: PlannedStep, path: Path) -> int:
+        try:
+            private_directory(path.parent)
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o600)
+        except (BatchctlError, OSError) as error:
+            # A full disk must not end a batch of 26 hours; the step may not even need it.
+            why = getattr(error, "strerror", None) or error
+            self._log.error(
+                "Step %s of account %s: its output is lost, %s cannot be written: %s",
+                *(step.step, step.account, path, why),
+            )
+            return os.open(os.devnull, os.O_WRONLY)
+        self.output.register(path)
+        return descriptor
+
+    def _name_leftovers(self, step: PlannedStep, ending: Ending, *, seen: bool) -> None:
+        if not seen:
+            return
+        locks = self._setting.locks
+        try:
+            left = locks.leftovers(step.account, step.step)
+        except BatchctlError as error:
+            self._log.error("What step %s of account %s left alive cannot be told: %s", step.step, step.account, error)
+            return
+        if not left:
+            return
+        if ending.outcome in ("timeout", "stopped"):
+            locks.unfinished = True
+            self._log.error(
+                "Step %s of account %s: these could not be ended: %s", step.step, step.account, listed(left)
+            )
+        else:
+            self._log.warning("Step %s of account %s left processes alive: %s", step.step, step.account, listed(left))
 
     def _environment(self, step: PlannedStep, attempt: int) -> Mapping[str, str]:
         return {

@@ -18,8 +18,8 @@ from batchctl.batch.resume import Wish, Work, find_work
 from batchctl.batch.run import SKIP_LIMIT_SECONDS, Claimed, Run
 from batchctl.errors import BatchctlError, DatabaseUnavailableError
 from batchctl.guard.identity import ProcessIdentity, identify
-from batchctl.guard.liveness import RunLock
 from batchctl.guard.lock import Holder, acquire, lock_path, read_holder
+from batchctl.guard.run_locks import RunLocks
 from batchctl.state.within import within
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ class Start:
         work = self.work if isinstance(self.work, Work) else find_work(store, guards.name, guards.batch, self.work)
         run_id = work.run_id or new_run_id(guards.clock.now())
         # Made before the claim, so that what a full disk prevents is not claimed.
-        run_lock = RunLock(guards.configuration.state_dir, guards.name, run_id)
+        locks = RunLocks(guards.configuration.state_dir, guards.name, run_id, process, guards.clock)
         claim = None
         try:
             claim = replace(guards, job=work.plan.job).claim(
@@ -106,11 +106,11 @@ class Start:
             )
         finally:
             if claim is None or isinstance(claim, Skip):
-                run_lock.release()
+                locks.release()
         if isinstance(claim, Skip):
             return claim
         assert claim.run is not None  # noqa: S101 - neither a live run nor a refusal leaves only this
-        return Claimed(work, claim.run, claim.now, guards.clock.monotonic(), run_lock)
+        return Claimed(work, claim.run, claim.now, guards.clock.monotonic(), locks)
 
     def _journaled(self, state: State) -> Skip:
         """Find in the journal why there would be no start with the database either, or say that it is away."""

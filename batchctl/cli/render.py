@@ -27,6 +27,9 @@ STEP_KEYS = (
 )  # fmt: skip
 
 
+ORPHAN_KEYS = ("run_id", "pid", "what", "account", "step", "command", "run_ended")
+
+
 def document(content: dict[str, Any]) -> None:
     """Print one JSON document; instants become RFC 3339 in UTC."""
 
@@ -89,7 +92,7 @@ def run_result(result: RunResult, *, json: bool, shown: bool) -> None:
             "next_eligible_at",
         )  # fmt: skip
         steps = [{key: getattr(step, key) for key in STEP_KEYS} for step in result.steps]
-        orphans = [orphan._asdict() for orphan in result.orphans]
+        orphans = [{key: getattr(orphan, key) for key in ORPHAN_KEYS} for orphan in result.orphans]
         values = {key: getattr(result, key) for key in keys}
         document({**values, "holder": holder, "steps": steps, "detail": result.message, "orphans": orphans})
     elif shown:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
-STATE, PROCESS_GROUP, SESSION, START_TICKS = 0, 2, 3, 19
+STATE, PARENT, PROCESS_GROUP, SESSION, START_TICKS = 0, 1, 2, 3, 19
 """Places in /proc/PID/stat, counted from the field after the command's name (proc(5))."""
 
 
@@ -77,6 +81,27 @@ def alive(process: ProcessIdentity, *, hidden_counts: bool) -> bool:
     return fields[STATE] not in "ZX" and int(fields[START_TICKS]) == process.start_ticks
 
 
+class Running(NamedTuple):
+    """A process as /proc shows it, with what tells it from a later one of the same number."""
+
+    pid: int
+    parent: int
+    process_group: int
+    session: int
+    start_ticks: int
+
+
+def running() -> Iterator[Running]:
+    """Go through the processes that /proc shows, zombies left out."""
+    for entry in os.scandir("/proc"):
+        if not entry.name.isdigit():
+            continue
+        fields = stat_fields(int(entry.name))
+        if fields and fields[STATE] not in "ZX":
+            numbers = (int(fields[place]) for place in (PARENT, PROCESS_GROUP, SESSION, START_TICKS))
+            yield Running(int(entry.name), *numbers)
+
+
 def ancestors() -> set[int]:
     """Return the ids of this process and of all above it."""
     found = set()
@@ -84,17 +109,12 @@ def ancestors() -> set[int]:
     while pid > 0 and pid not in found:
         found.add(pid)
         fields = stat_fields(pid)
-        pid = int(fields[1]) if fields else 0
+        pid = int(fields[PARENT]) if fields else 0
     return found
 
 
-def session_members(session: int) -> list[int]:
-    """Return the ids of the processes of a session that still run, zombies left out."""
-    members = []
-    for entry in os.scandir("/proc"):
-        if not entry.name.isdigit():
-            continue
-        fields = stat_fields(int(entry.name))
-        if fields and int(fields[SESSION]) == session and fields[STATE] not in "ZX":
-            members.append(int(entry.name))
-    return members
+def name_of(pid: int) -> str | None:
+    """Return the name of a process's program, never its arguments, which may hold a secret; None if it is hidden."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/comm").read_text(encoding="utf-8", errors="replace").rstrip("\n")
+    return None

@@ -11,6 +11,7 @@ import msgspec
 
 from batchctl.errors import ConfigurationError
 from batchctl.guard.identity import ProcessIdentity, alive
+from batchctl.guard.run_files import held
 from batchctl.paths import private_directory, refuse_foreign
 
 if TYPE_CHECKING:
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
     from batchctl.clock import Clock
 
+MOST_TRIES = 10
+"""How often a start takes the lock again whose file was removed under its hands."""
 HOLDER_PATIENCE_SECONDS = 2.0
 """How long a start that was refused waits for the holder, which may just have won, to write its name."""
 
@@ -41,11 +44,11 @@ class HeldLock:
 
     def __init__(self, lock: filelock.BaseFileLock, descriptor: int) -> None:
         self._lock = lock
-        self._descriptor = descriptor
+        self.descriptor = descriptor
 
     def release(self) -> None:
         """Free the lock; the file stays, because two starts that lock two files of one name would both win."""
-        os.ftruncate(self._descriptor, 0)
+        os.ftruncate(self.descriptor, 0)
         self._lock.release()
 
     def __enter__(self) -> Self:
@@ -74,6 +77,26 @@ def acquire(path: Path, holder: Holder) -> HeldLock | None:
     private_directory(path.parent)
     if path.is_symlink() or path.exists():
         refuse_foreign(path, "file")
+    for _ in range(MOST_TRIES):
+        taken = _take(path, holder)
+        if taken is not None and _is_at(path, taken.descriptor):
+            return taken
+        if taken is None and held(path):
+            return None
+        # Somebody removed or replaced the file just then: a lock on it would keep nobody out.
+        if taken is not None:
+            taken.release()
+    raise ConfigurationError(f"{path} is removed again and again while it is being locked; keep cleaners out of it")
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.lstat())
+    except FileNotFoundError:
+        return False
+
+
+def _take(path: Path, holder: Holder) -> HeldLock | None:
     descriptors: list[int] = []
 
     def sign(descriptor: int) -> None:

@@ -267,6 +267,8 @@ def written(value):
     """Turn a default of the code, or one that is read from TOML, into what can be compared."""
     if isinstance(value, timedelta):
         return f"{value.total_seconds():g} seconds" if value else ""
+    if isinstance(value, config.Size):
+        return str(value)
     if isinstance(value, str) and value and re.match(config.DURATION_PATTERN, value):
         return written(config.parse_duration(value))
     if isinstance(value, list | tuple):
