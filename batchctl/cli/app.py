@@ -157,6 +157,8 @@ COMMANDS = {
     "status": "inspect",
     "history": "inspect",
     "next": "schedule",
+    "pause": "control",
+    "unpause": "control",
     "init": "admin",
     "migrate": "admin",
     "demo": "admin",

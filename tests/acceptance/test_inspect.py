@@ -16,7 +16,7 @@ GROUPS = batch([("31", "true", 'group = "search"'), ("61", "true", 'group = "upl
 )
 STATUS_KEYS = {
     "job", "state", "last_started_at", "last_completed_at", "last_outcome", "next_eligible_at", "estimate_seconds",
-    "pid", "host",
+    "pid", "host", "paused",
 }  # fmt: skip
 
 
