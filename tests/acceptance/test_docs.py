@@ -34,6 +34,8 @@ from batchctl.rollup.definition import read_definitions
 from batchctl.schedule import cron
 from batchctl.state.store import JobState
 
+pytestmark = pytest.mark.any_user
+
 PROJECT = Path(__file__).resolve().parents[2]
 DOCS = PROJECT / "docs"
 README = PROJECT / "README.md"
@@ -442,6 +444,7 @@ def test_json_md_has_the_keys_of_run_batch(batchctl):
     assert {frozenset(step) for step in ran["steps"]} == {frozenset(json_keys("steps"))}
 
 
+@pytest.mark.each_server
 def test_json_md_has_the_keys_of_the_commands_that_show(batchctl):
     batchctl.configure(batch([("31", "true")], 'schedule = "0 1 * * *"') + ROLLUP)
     batchctl("run-batch")
@@ -482,6 +485,7 @@ ORDER BY relname, attnum
 """
 
 
+@pytest.mark.each_server
 def test_schema_md_has_the_tables_columns_and_comments_of_a_real_database(batchctl):
     batchctl.configure("")
     batchctl("status")

@@ -128,6 +128,7 @@ def test_the_embedded_server_is_started_again_when_it_was_killed(embedded_batchc
     assert [entry["outcome"] for entry in embedded_batchctl.json("history")["entries"]] == ["success", "success"]
 
 
+@pytest.mark.each_server
 def test_a_schema_that_does_not_fit_is_refused(batchctl):
     batchctl.configure(batch([("31", "true")]))
     batchctl("run-batch")
@@ -144,6 +145,7 @@ def test_a_schema_that_does_not_fit_is_refused(batchctl):
     assert "run `batchctl migrate`" in done.stderr
 
 
+@pytest.mark.each_server
 def test_a_role_without_rights_is_told_so(batchctl):
     with psycopg.connect(batchctl.url, autocommit=True) as connection:
         connection.execute(

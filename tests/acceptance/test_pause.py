@@ -72,6 +72,7 @@ def test_a_paused_batch_starts_neither_as_a_whole_nor_a_group_of_it(daily):
     assert daily.json("run-batch")["outcome"] == "success"
 
 
+@pytest.mark.each_server
 def test_a_paused_group_keeps_from_starting_whatever_includes_it_and_nothing_else(daily):
     daily("pause", "daily/upload")
     message = "Paused: daily/upload, lifted by `batchctl unpause daily/upload`. Skipped."
@@ -198,6 +199,7 @@ def test_status_and_next_show_what_a_pause_covers(batchctl):
     }
 
 
+@pytest.mark.each_server
 def test_a_paused_rollup_is_skipped_while_changes_are_captured(trend):
     trend("pause", "trend")
     for _ in range(3):

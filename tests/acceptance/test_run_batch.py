@@ -39,6 +39,7 @@ def parse(instant):
     return datetime.fromisoformat(instant)
 
 
+@pytest.mark.each_server
 def test_six_steps_for_two_accounts_in_order(batchctl):
     batchctl.configure(SIX_STEPS)
     result = batchctl.json("run-batch")
@@ -98,6 +99,7 @@ def test_a_second_start_is_skipped_for_six_hours(batchctl):
     assert batchctl.json("run-batch", "--force-gap")["outcome"] == "success"
 
 
+@pytest.mark.each_server
 def test_the_gap_is_measured_by_the_clock_of_the_database(batchctl):
     batchctl.configure(SIX_STEPS)
     batchctl("run-batch")
@@ -196,6 +198,7 @@ def test_a_second_signal_kills_at_once(batchctl):
     assert gone(int(pid))
 
 
+@pytest.mark.each_server
 def test_a_killed_batchctl_leaves_an_orphan_that_blocks_until_it_is_gone(batchctl):
     batchctl.configure(batch([("31", "echo $$ > step.pid; exec sleep 300")]))
     process = batchctl.start("run-batch")
@@ -364,6 +367,7 @@ def test_a_disabled_batch_or_a_wrong_hour_is_skipped(batchctl, options):
     assert result["reason"] == ("disabled" if "enabled" in options else "outside_hours")
 
 
+@pytest.mark.each_server
 def test_every_is_measured_from_the_start(batchctl):
     batchctl.configure(batch([("31", "true")], 'min_gap = "0s"\nevery = "30h"'))
     first = batchctl.json("run-batch")
