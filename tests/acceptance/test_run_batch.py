@@ -119,18 +119,6 @@ def test_a_failed_step_does_not_stop_the_others(batchctl):
     ]
 
 
-def test_on_failure_stop_ends_the_run(batchctl):
-    batchctl.configure(batch([("31", "true"), ("32", "exit 1"), ("33", "true")], 'on_failure = "stop"'))
-    result = batchctl.json("run-batch", code=1)
-    assert result["outcome"] == "failed"
-    assert [step["outcome"] for step in result["steps"]] == ["success", "failed", "not_run"]
-
-
-def test_nothing_succeeded_is_failed(batchctl):
-    batchctl.configure(batch([("31", "exit 1"), ("32", "exit 2")]))
-    assert batchctl.json("run-batch", code=1)["outcome"] == "failed"
-
-
 def test_a_command_that_does_not_exist_is_a_failed_step(batchctl):
     batchctl.configure(
         '[batch.daily]\n[[batch.daily.step]]\nid = "31"\ncommand = ["./no-such-program"]\n'
@@ -162,27 +150,6 @@ def test_a_timeout_takes_the_whole_session_with_it(batchctl):
     assert [step["outcome"] for step in result["steps"]] == ["timeout", "success"]
     for name in ("parent.pid", "child.pid"):
         assert gone(int((batchctl.directory / name).read_text()))
-
-
-def test_the_timeout_of_the_run_ends_it(batchctl):
-    batchctl.configure(batch([("31", "true"), ("32", "exec sleep 60"), ("33", "true")], 'timeout = "2s"\ngrace = "1s"'))
-    result = batchctl.json("run-batch", code=124)
-    assert (result["outcome"], result["reason"]) == ("timeout", "the whole run reached its timeout of 2s")
-    assert [step["outcome"] for step in result["steps"]] == ["success", "timeout", "not_run"]
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_a_signal_ends_the_step_and_the_run(batchctl, number):
-    batchctl.configure(batch([("31", "echo $$ > step.pid; exec sleep 60"), ("32", "true")]))
-    process = batchctl.start("run-batch", "--json")
-    pid = wait_for(lambda: (batchctl.directory / "step.pid").exists() and (batchctl.directory / "step.pid").read_text())
-    process.send_signal(number)
-    stdout, _ = process.communicate(timeout=20)
-    assert process.returncode == 128 + number
-    result = json.loads(stdout)
-    assert result["outcome"] == "stopped"
-    assert [step["outcome"] for step in result["steps"]] == ["stopped", "not_run"]
-    assert gone(int(pid))
 
 
 def test_a_second_signal_kills_at_once(batchctl):
@@ -357,14 +324,6 @@ def test_nothing_is_left_running_blocks_nothing(batchctl):
     for _ in range(3):
         batchctl("run-batch")
     assert list((batchctl.directory / "state" / "run" / "daily").iterdir()) == []
-
-
-@pytest.mark.parametrize("options", ["enabled = false", 'hours = "{hour}"'])
-def test_a_disabled_batch_or_a_wrong_hour_is_skipped(batchctl, options):
-    other_hour = (datetime.now().astimezone().astimezone(tz=None).hour + 12) % 24
-    batchctl.configure(batch([("31", "true")], options.format(hour=other_hour)))
-    result = batchctl.json("run-batch", code=75)
-    assert result["reason"] == ("disabled" if "enabled" in options else "outside_hours")
 
 
 @pytest.mark.each_server
