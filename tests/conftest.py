@@ -1,4 +1,13 @@
-"""Real PostgreSQL servers and the installed command, for every tier that needs them."""
+"""Real PostgreSQL servers and the installed command, for every tier that needs them.
+
+Which tests run where is decided by two marks, so that a new test is never left out by mistake:
+
+* Integration tests run on each kind of server, the embedded one and the distribution's. Acceptance tests run on the
+  embedded one, because what they test does not depend on the server's version; those that do what no integration test
+  does to a server (claims, the making of the schema, every statement of a command) are marked `each_server`.
+* All tests run as root, and all but those marked `any_user` once more as an ordinary user (`.ci/run`). It marks what
+  cannot depend on who calls: the arithmetic of rollups in a server, what the documentation says.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +50,15 @@ if len(SERVERS) == 1:
     SERVERS.append(pytest.param("missing", id="debian"))
 
 
-@pytest.fixture(scope="session", params=SERVERS)
+def pytest_generate_tests(metafunc):
+    """Choose the servers of a test, as the docstring of this file says."""
+    if "server" in metafunc.fixturenames:
+        acceptance = "acceptance" in Path(metafunc.module.__file__).parts
+        one = acceptance and metafunc.definition.get_closest_marker("each_server") is None
+        metafunc.parametrize("server", SERVERS[:1] if one else SERVERS, indirect=True, scope="session")
+
+
+@pytest.fixture(scope="session")
 def server(request, tmp_path_factory):
     """A running server of each kind; its parameters as libpq keywords."""
     if request.param == "missing":

@@ -13,6 +13,7 @@ from batchctl.config import Duration
 from batchctl.guard.gap import Refusal, earliest_start, gap_rule, job_hours, refused
 from batchctl.guard.identity import ProcessIdentity
 from batchctl.guard.liveness import Orphan, Recorded, find_orphans, forget_runs, listed
+from batchctl.guard.pause import lifted_by
 from batchctl.logs import elapsed, shown
 from batchctl.schedule.cron import inside_hours, next_inside_hours
 
@@ -191,7 +192,7 @@ class Guards:
         if not self.batch.enabled:
             return Skip("disabled", "Disabled in the configuration. Skipped.")
         if job.paused:
-            return Skip("paused", "Paused. Skipped.")
+            return Skip("paused", f"Paused: {lifted_by(job.paused)}. Skipped.")
         hours = job_hours(self.batch, self.group)
         if not inside_hours(hours, job.now, self.zone):
             first = next_inside_hours(hours, job.now, self.zone)

@@ -139,12 +139,11 @@ class Child:
 
         A second request to end cuts the grace short.
         """
-        seen = max(self._interruption.count, 1)
         give_up = clock.monotonic() + grace
-        end_processes(self.members, grace, clock, group=self.pid, hurried=lambda: self._interruption.count > seen)
+        end_processes(self.members, grace, clock, group=self.pid, hurried=lambda: self._interruption.count > 1)
         if not self._exited:
             # What /proc hides is not found; but the number of our own child is its own until it is reaped.
-            self.wait(give_up, clock, seen=seen)
+            self.wait(give_up, clock, seen=1)
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.pid, signal.SIGKILL)
         # Only an exit ends this wait: requests to end have had their effect.

@@ -46,6 +46,11 @@ def line(text: str) -> None:
     write(f"{text}\n")
 
 
+def warning(text: str) -> None:
+    """Say on standard error what a command that did its work could not do, or what somebody has to know."""
+    sys.stderr.write(f"batchctl: warning: {text}\n")
+
+
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print rows under headings: with rich on a terminal, aligned text elsewhere."""
     if on_terminal():
@@ -146,7 +151,7 @@ def status(statuses: Sequence[JobStatus], *, zone: tzinfo, json: bool) -> None:
     rows = [
         (
             job.job,
-            f"running (pid {job.pid} on {job.host})" if job.state == "running" else job.state,
+            _state(job),
             time(job.last_started_at if job.state == "running" else job.last_completed_at),
             job.last_outcome or "-" if job.state != "running" else "-",
             time(job.next_eligible_at),
@@ -154,6 +159,14 @@ def status(statuses: Sequence[JobStatus], *, zone: tzinfo, json: bool) -> None:
         for job in statuses
     ]
     table(("job", "state", "since", "outcome", "next eligible"), rows)
+
+
+def _state(job: JobStatus) -> str:
+    state = f"running (pid {job.pid} on {job.host})" if job.state == "running" else job.state
+    if job.paused and job.state == "running":
+        return f"{state}, paused"
+    # What is not paused itself says on whose account it is.
+    return f"{state} ({', '.join(job.paused)})" if job.paused and job.job not in job.paused else state
 
 
 def next_starts(starts: Sequence[NextStart], *, zone: tzinfo, json: bool) -> None:
@@ -186,6 +199,8 @@ def grain_results(results: Sequence[GrainResult], *, json: bool, shown: bool) ->
             for result in results
         ]
         table(("rollup", "grain", "outcome", "buckets", "rows read", "rows written", "remaining", "time"), rows)
+        for detail in (result.detail for result in results if result.detail is not None):
+            line(detail)
 
 
 def waiting(grains: Sequence[tuple[str, str, int]], *, json: bool) -> None:
@@ -205,7 +220,7 @@ def statements(texts: Sequence[str]) -> None:
 
 def migrated(lines: Sequence[str], warnings: Sequence[str], *, shown: bool) -> None:
     """Print what migrate did; warnings go to standard error."""
-    for warning in warnings:
-        sys.stderr.write(f"batchctl: warning: {warning}\n")
+    for text in warnings:
+        warning(text)
     for text in lines if shown else ():
         line(text)

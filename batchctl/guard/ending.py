@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable
 
     from batchctl.clock import Clock
-    from batchctl.guard.identity import Running
+    from batchctl.guard.identity import ProcessIdentity, Running
 
 KILLED_SECONDS = 5.0
 """How long the kernel may take to end a killed process before we go on without it (a dead network mount)."""
@@ -107,7 +107,7 @@ def _wait_for_one(processes: list[Running], seconds: float, clock: Clock) -> Non
         poll.poll(max(seconds, 0) * 1000)
 
 
-def send(process: Running, number: int) -> None:
+def send(process: Running | ProcessIdentity, number: int) -> None:
     """Send a signal to that very process, and to no other that has its number by now.
 
     Raises:

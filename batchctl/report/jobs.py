@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from batchctl.guard.gap import earliest_start, gap_rule, job_hours
 from batchctl.guard.identity import ProcessIdentity, alive, boot_id
 from batchctl.guard.lock import lock_path, read_holder
+from batchctl.guard.pause import lifted_by
 from batchctl.logs import elapsed, shown
 from batchctl.schedule.cron import inside_hours, next_inside_hours, next_time
 
@@ -36,6 +37,8 @@ class JobStatus:
     estimate_seconds: float | None
     pid: int | None
     host: str | None
+    paused: tuple[str, ...]
+    """What is paused and keeps the job from starting."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,23 @@ class _Job(NamedTuple):
         return job_hours(self.batch, self.group) if self.batch else (self.rollup.hours if self.rollup else "")
 
 
+def pausable(configuration: Configuration) -> tuple[str, ...]:
+    """Name every job, and each rollup as a whole."""
+    jobs = list(_configured(configuration))
+    # A batch is a job itself; a rollup is only the name of its grains.
+    return tuple(dict.fromkeys(name for job in jobs for name in (job.name.partition("/")[0], job.name)))
+
+
+def _configured(configuration: Configuration) -> Iterator[_Job]:
+    for name, batch in configuration.batches.items():
+        yield _Job(name, batch, None, None, None)
+        for group in batch.groups:
+            yield _Job(f"{name}/{group}", batch, group, None, None)
+    for name, rollup in configuration.rollups.items():
+        for grain in rollup.grains:
+            yield _Job(f"{name}/{grain}", None, None, rollup, grain)
+
+
 class JobReader:
     """Reads the state of the configured jobs; changes nothing, and takes no lock that a start could miss."""
 
@@ -120,18 +140,11 @@ class JobReader:
         return [job.name for job in self._jobs()]
 
     def _jobs(self) -> Iterator[_Job]:
-        for name, batch in self._configuration.batches.items():
-            yield _Job(name, batch, None, None, None)
-            for group in batch.groups:
-                yield _Job(f"{name}/{group}", batch, group, None, None)
-        for name, rollup in self._configuration.rollups.items():
-            for grain in rollup.grains:
-                yield _Job(f"{name}/{grain}", None, None, rollup, grain)
+        return _configured(self._configuration)
 
     def _status(self, job: _Job) -> JobStatus:
         row = self._rows.get(job.name)
-        above = self._rows.get(job.name.partition("/")[0])
-        paused = bool((row and row.paused) or (above and above.paused))
+        paused = self._paused(job)
         running = self._running(job, row)
         return JobStatus(
             job=job.name,
@@ -143,7 +156,15 @@ class JobReader:
             estimate_seconds=self._estimate(job),
             pid=running[0] if running else None,
             host=running[1] if running else None,
+            paused=paused,
         )
+
+    def _paused(self, job: _Job) -> tuple[str, ...]:
+        top = job.name.partition("/")[0]
+        # A start of the whole batch would run each of its groups.
+        below = job.batch.groups if job.batch is not None and job.group is None else ()
+        names = dict.fromkeys((top, job.name, *(f"{top}/{group}" for group in below)))
+        return tuple(name for name in names if name in self._rows and self._rows[name].paused)
 
     def _running(self, job: _Job, row: Any) -> tuple[int, str, datetime] | None:
         """Return process id, hostname and start of what runs the job now: never taken from the state alone."""
@@ -188,7 +209,7 @@ class JobReader:
             top = job.name.partition("/")[0]
             running = self._running(job._replace(name=top, group=None), self._rows.get(top))
         guards = tuple(self._answers(job, status, running, after))
-        lifted_by_hand = not job.enabled or status.state == "paused"
+        lifted_by_hand = not job.enabled or bool(status.paused)
         earliest = after if status.next_eligible_at is None else max(after, status.next_eligible_at)
         start = None if lifted_by_hand or not job.schedule else self._first(job, earliest)
         return NextStart(job.name, job.schedule, start, running is not None and job.batch is not None, guards)
@@ -213,8 +234,8 @@ class JobReader:
             yield GuardAnswer("lock", False, None, f"running: pid {pid} on {host}, since {self._shown(since)}, {age}")
         else:
             yield GuardAnswer("lock", True, None, "free")
-        if status.state == "paused":
-            yield GuardAnswer("paused", False, None, "paused")
+        if status.paused:
+            yield GuardAnswer("paused", False, None, f"paused: {lifted_by(status.paused)}")
         eligible = status.next_eligible_at
         if job.batch is not None and eligible is not None:
             estimated = " (an estimate: the run in progress is taken to end after the median time)" if running else ""

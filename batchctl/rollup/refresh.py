@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from batchctl.errors import BatchctlError, ConfigurationError, DatabaseUnavailableError
+from batchctl.guard.pause import lifted_by
 from batchctl.rollup import compose
 from batchctl.rollup.chunk import Work, parameters, refresh_chunk, since
 from batchctl.rollup.definition import Places, differences
@@ -49,6 +50,8 @@ class GrainResult:
     remaining_buckets: int = 0
     """Closed and still queued."""
     duration_seconds: float = 0.0
+    detail: str | None = None
+    """Of a skip: the reason in words."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,10 @@ def tick(
     begun = clock.monotonic()
     deadline = begun + definition.budget_seconds if deadline is None else deadline
     seen, work = _look(session, definition, definition.grain(grain))
+    if seen.paused:
+        message = f"{grain} aggregation is paused: {lifted_by(seen.paused)}. Skipped."
+        log.warning(message)
+        return GrainResult(definition.name, grain, "skipped", "paused", detail=message)
     if not seen.known:
         work.run("add_state")
     if seen.history_queued and not seen.marked and not seen.dirty:
@@ -114,8 +121,10 @@ def tick(
         raise
     if done.outcome == "empty":
         log.debug(NOTHING, seen.newest)
+    detail = None
     if done.outcome == "skipped":
-        log.info("%s aggregation is running elsewhere, skipped", grain)
+        detail = f"{grain} aggregation is running elsewhere. Skipped."
+        log.info(detail)
     else:
         _complete(work, done.outcome, seen.started)
     return GrainResult(
@@ -129,6 +138,7 @@ def tick(
         rows_deleted=sum(chunk.rows_deleted for chunk in done.chunks),
         remaining_buckets=work.run("remaining")[0].buckets,
         duration_seconds=since(begun, clock),
+        detail=detail,
     )
 
 
@@ -143,12 +153,14 @@ def rebuild(session: Session, definition: Definition, grain: str, start: datetim
         end: Aware; the bucket that holds the instant before it is the last.
 
     Returns:
-        The number of buckets queued; the next tick computes those that are closed.
+        The number of buckets queued, none if the job is paused; the next tick computes those that are closed.
 
     Raises:
         ConfigurationError: the rollup is not migrated, or has changed since.
     """
-    _, work = _look(session, definition, definition.grain(grain))
+    seen, work = _look(session, definition, definition.grain(grain))
+    if seen.paused:
+        return 0
     seconds = work.grain.seconds
     low = int(start.timestamp() // seconds) * seconds
     high = -int(-end.timestamp() // seconds) * seconds

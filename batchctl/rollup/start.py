@@ -143,8 +143,7 @@ class Aggregate:
             rebuild(session, definition, grain, self.rebuild.start, self.rebuild.end)
         result = tick(session, definition, grain, self.clock, log, deadline=begun + definition.budget_seconds)
         if result.outcome == "skipped":
-            message = f"{grain} aggregation is running elsewhere"
-            self._skips.append(_Skip(definition.job(grain), str(result.reason), message))
+            self._skips.append(_Skip(definition.job(grain), str(result.reason), str(result.detail)))
         return result
 
     def _failed(self, log: logging.Logger, definition: Definition, grain: str, error: BatchctlError) -> GrainResult:
@@ -172,7 +171,7 @@ class Aggregate:
         message = f"{grain} aggregation {what}. Skipped."
         log.warning(message)
         self._skips.append(_Skip(definition.job(grain), reason, message))
-        return GrainResult(definition.name, grain, "skipped", reason)
+        return GrainResult(definition.name, grain, "skipped", reason, detail=message)
 
     def _record_skips(self) -> None:
         """Record all skips of the call; one that the lock decided does not wait for a slow or dead database."""

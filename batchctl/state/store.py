@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from batchctl.state.migrate import require_schema
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
     from datetime import datetime, timedelta
 
     from batchctl.state.database import Database, Session
@@ -89,12 +89,20 @@ class LiveRun:
 
 @dataclass(frozen=True)
 class JobState:
-    """What is remembered of a job at the moment of a claim, by the database's clock."""
+    """What is remembered of a job at the moment of a claim, by the database's clock.
+
+    Args:
+        now: The database's clock.
+        last_started_at: None if it never started.
+        last_completed_at: None if it never completed.
+        paused: What is paused of all that would start with the job.
+        estimate_seconds: How long it is taken to run, if that is known.
+    """
 
     now: datetime
     last_started_at: datetime | None
     last_completed_at: datetime | None
-    paused: bool
+    paused: tuple[str, ...]
     estimate_seconds: float | None
 
 
@@ -150,7 +158,7 @@ class Store:
             live = self.live(batch)
             if live is not None:
                 return replace(claim, live=live)
-            refusal = decide(self.job_state(request.job, now, batch=batch))
+            refusal = decide(self.job_state(request.job, now, jobs=request.jobs))
             if refusal is not None:
                 return replace(claim, refusal=refusal)
             columns = request.columns()
@@ -168,17 +176,38 @@ class Store:
             kept = {"started_at": won[0].started_at, "resumed": won[0].resumed, "claimed_until": now + request.claim}
             return replace(claim, run={**columns, **kept, "jobs": jobs})
 
-    def job_state(self, job: str, now: datetime, batch: str) -> JobState:
-        """Read what is remembered of a job; it is paused if its batch is."""
-        row = self.session.fetch_one("run.job", job=job)
-        above = row if job == batch else self.session.fetch_one("run.job", job=batch)
+    def job_state(self, job: str, now: datetime, *, jobs: Iterable[str]) -> JobState:
+        """Read what is remembered of a job that is about to start, and with it the jobs for which that counts."""
+        row = self.session.fetch_one("run.job", job=job, jobs=list(jobs))
         return JobState(
             now=now,
-            last_started_at=row.last_started_at if row else None,
-            last_completed_at=row.last_completed_at if row else None,
-            paused=bool((row and row.paused) or (above and above.paused)),
+            last_started_at=row.last_started_at,
+            last_completed_at=row.last_completed_at,
+            paused=tuple(row.paused),
             estimate_seconds=self.estimate_seconds(job),
         )
+
+    def pause(self, job: str, *, batch: str | None) -> bool:
+        """Refuse starts of a job and of all below it; return False if it was paused before.
+
+        Args:
+            job: The job.
+            batch: The batch that it is or is in, None for a rollup.
+        """
+        with self.session.transaction():
+            self.session.fetch("run.bound")
+            if batch is not None:
+                # A start that is being decided comes first: afterwards it is live, or refused.
+                self.session.fetch("run.lock_job", job=batch)
+            return bool(self.session.fetch("run.pause", job=job))
+
+    def unpause(self, job: str) -> tuple[str, ...]:
+        """Allow starts of a job and of all below it again; return what was paused."""
+        return tuple(sorted(row.job for row in self.session.fetch("run.unpause", job=job)))
+
+    def paused(self, jobs: Iterable[str]) -> tuple[str, ...]:
+        """Say which of these jobs are paused."""
+        return tuple(row.job for row in self.session.fetch("run.paused", jobs=list(jobs)))
 
     def now(self) -> datetime:
         """Read the database's clock."""

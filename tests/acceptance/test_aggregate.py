@@ -24,7 +24,7 @@ events = "count(*)"
 """
 GRAIN_KEYS = {
     "rollup", "grain", "outcome", "reason", "buckets", "source_rows", "rows_written", "rows_deleted",
-    "remaining_buckets", "duration_seconds",
+    "remaining_buckets", "duration_seconds", "detail",
 }  # fmt: skip
 
 
@@ -92,6 +92,7 @@ def test_skips_do_not_wait_for_a_database_that_hangs(trend):
     assert len(journal.read_text().splitlines()) == 3
 
 
+@pytest.mark.each_server
 def test_a_grain_that_another_host_works_on_is_skipped(trend):
     insert(trend, "2025-11-13 06:51:07Z")
     with psycopg.connect(trend.url) as connection:
@@ -145,6 +146,7 @@ def test_a_dry_run_counts_and_changes_nothing(trend):
     assert trend.json("aggregate", "--grain", "1m")["rollups"][0]["buckets"] == 2
 
 
+@pytest.mark.each_server
 def test_killed_at_any_moment_nothing_is_lost_and_nothing_is_counted_twice(trend):
     """A tick that is killed while it works, many times; then one that is not."""
     with psycopg.connect(trend.url) as connection:
@@ -202,6 +204,7 @@ def test_a_view_on_a_table_of_a_rollup_is_named_before_anything_is_dropped(trend
     assert trend.json("aggregate")["rollups"][0]["outcome"] == "empty"
 
 
+@pytest.mark.each_server
 def test_the_whole_line_from_event_to_hour(batchctl):
     batchctl.configure(TREND)
     with psycopg.connect(batchctl.url) as connection:
@@ -229,6 +232,7 @@ def test_the_whole_line_from_event_to_hour(batchctl):
     assert ", skipping aggregation" in debug
 
 
+@pytest.mark.each_server
 def test_a_rebuild_repairs_what_somebody_changed_by_hand(batchctl):
     batchctl.configure(TREND)
     with psycopg.connect(batchctl.url) as connection:

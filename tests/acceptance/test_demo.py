@@ -207,6 +207,7 @@ def test_two_demos_at_once(tmp_path, directory):
         first.kill()
 
 
+@pytest.mark.any_user
 def test_difference_is_told(tmp_path, directory):
     demo("--directory", directory, cwd=tmp_path)
     wrong = "('2001-01-01 00:00Z', 'sale', 'WRONG', 1, 2)"
@@ -224,6 +225,7 @@ def test_difference_is_told(tmp_path, directory):
     assert lines[-1] == "NOT equal to the source: 5m."
 
 
+@pytest.mark.any_user
 def test_failing_step_ends_the_demo(tmp_path, directory):
     demo("--directory", directory, cwd=tmp_path)
     (directory / "collect.py").write_text("raise SystemExit('no such shop')\n")
@@ -257,6 +259,7 @@ def test_link_to_a_demo_is_not_cleaned(tmp_path, directory):
     assert not directory.exists()
 
 
+@pytest.mark.any_user
 def test_other_data(tmp_path, directory):
     lines = [
         "note,country,unit_price,invoiced_at,quantity,stock_code,invoice,customer_id",
@@ -282,6 +285,7 @@ def test_other_data(tmp_path, directory):
     assert (directory / "SOURCE.txt").exists()
 
 
+@pytest.mark.any_user
 @pytest.mark.parametrize(
     ("content", "told"),
     [

@@ -38,11 +38,12 @@ def finish(processes):
     return results
 
 
+@pytest.mark.each_server
 def test_of_32_starts_at_the_same_instant_one_runs(batchctl, server):
     """On a database without a schema; the step runs until all others have been refused."""
     batchctl.configure(one_step("echo $PPID >> ran; while ! test -e refused; do sleep 0.05; done", 'timeout = "5m"'))
     # The guards are the same on every server; one of them sees all rounds.
-    for round_number in range(ROUNDS if server._binaries is None else 2):
+    for round_number in range(ROUNDS if server._binaries is None else 1):
         with psycopg.connect(batchctl.url) as connection:
             connection.execute("DROP SCHEMA IF EXISTS batchctl CASCADE")
         (batchctl.directory / "refused").unlink(missing_ok=True)
@@ -91,6 +92,7 @@ def test_two_groups_at_the_same_instant(batchctl):
     assert (batchctl.directory / "ran").read_text() == "x\n"
 
 
+@pytest.mark.each_server
 def test_two_state_directories_on_one_database(batchctl, tmp_path_factory):
     other = replace(batchctl, directory=tmp_path_factory.mktemp("other"))
     for host in (batchctl, other):

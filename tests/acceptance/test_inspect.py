@@ -8,6 +8,7 @@ import tomllib
 from datetime import datetime, timedelta
 
 import psycopg
+import pytest
 from support import batch, wait_for
 
 GROUPS = batch([("31", "true", 'group = "search"'), ("61", "true", 'group = "upload"')], 'schedule = "0 1 * * *"') + (
@@ -16,7 +17,7 @@ GROUPS = batch([("31", "true", 'group = "search"'), ("61", "true", 'group = "upl
 )
 STATUS_KEYS = {
     "job", "state", "last_started_at", "last_completed_at", "last_outcome", "next_eligible_at", "estimate_seconds",
-    "pid", "host",
+    "pid", "host", "paused",
 }  # fmt: skip
 
 
@@ -117,6 +118,7 @@ def test_init_writes_a_starter_that_runs_and_never_overwrites(embedded_batchctl)
     assert command.json("run-batch")["outcome"] == "success"
 
 
+@pytest.mark.each_server
 def test_migrate_prints_its_sql_and_executes_none_of_it(batchctl):
     batchctl.configure(GROUPS)
     with psycopg.connect(batchctl.url) as connection:

@@ -98,6 +98,7 @@ def test_a_database_that_hangs_holds_up_neither_a_step_nor_a_skip(own_server, se
         assert '"outcome": "timeout"' in stdout
     finally:
         for pid in frozen:
+            # The first to go on, the postmaster, may have reaped one that had ended meanwhile.
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGCONT)
     entries = batchctl.json("history")["entries"]
@@ -135,6 +136,7 @@ def test_the_embedded_server_is_started_again_when_it_was_killed(embedded_batchc
     assert [entry["outcome"] for entry in embedded_batchctl.json("history")["entries"]] == ["success", "success"]
 
 
+@pytest.mark.each_server
 def test_a_schema_that_does_not_fit_is_refused(batchctl):
     batchctl.configure(batch([("31", "true")]))
     batchctl("run-batch")
@@ -151,6 +153,7 @@ def test_a_schema_that_does_not_fit_is_refused(batchctl):
     assert "run `batchctl migrate`" in done.stderr
 
 
+@pytest.mark.each_server
 def test_a_role_without_rights_is_told_so(batchctl):
     with psycopg.connect(batchctl.url, autocommit=True) as connection:
         connection.execute(

@@ -39,6 +39,7 @@ def parse(instant):
     return datetime.fromisoformat(instant)
 
 
+@pytest.mark.each_server
 def test_six_steps_for_two_accounts_in_order(batchctl):
     batchctl.configure(SIX_STEPS)
     result = batchctl.json("run-batch")
@@ -98,6 +99,7 @@ def test_a_second_start_is_skipped_for_six_hours(batchctl):
     assert batchctl.json("run-batch", "--force-gap")["outcome"] == "success"
 
 
+@pytest.mark.each_server
 def test_the_gap_is_measured_by_the_clock_of_the_database(batchctl):
     batchctl.configure(SIX_STEPS)
     batchctl("run-batch")
@@ -115,18 +117,6 @@ def test_a_failed_step_does_not_stop_the_others(batchctl):
         ("failed", None, 9),
         ("success", 0, None),
     ]
-
-
-def test_on_failure_stop_ends_the_run(batchctl):
-    batchctl.configure(batch([("31", "true"), ("32", "exit 1"), ("33", "true")], 'on_failure = "stop"'))
-    result = batchctl.json("run-batch", code=1)
-    assert result["outcome"] == "failed"
-    assert [step["outcome"] for step in result["steps"]] == ["success", "failed", "not_run"]
-
-
-def test_nothing_succeeded_is_failed(batchctl):
-    batchctl.configure(batch([("31", "exit 1"), ("32", "exit 2")]))
-    assert batchctl.json("run-batch", code=1)["outcome"] == "failed"
 
 
 def test_a_command_that_does_not_exist_is_a_failed_step(batchctl):
@@ -162,27 +152,6 @@ def test_a_timeout_takes_the_whole_session_with_it(batchctl):
         assert gone(int((batchctl.directory / name).read_text()))
 
 
-def test_the_timeout_of_the_run_ends_it(batchctl):
-    batchctl.configure(batch([("31", "true"), ("32", "exec sleep 60"), ("33", "true")], 'timeout = "2s"\ngrace = "1s"'))
-    result = batchctl.json("run-batch", code=124)
-    assert (result["outcome"], result["reason"]) == ("timeout", "the whole run reached its timeout of 2s")
-    assert [step["outcome"] for step in result["steps"]] == ["success", "timeout", "not_run"]
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_a_signal_ends_the_step_and_the_run(batchctl, number):
-    batchctl.configure(batch([("31", "echo $$ > step.pid; exec sleep 60"), ("32", "true")]))
-    process = batchctl.start("run-batch", "--json")
-    pid = wait_for(lambda: (batchctl.directory / "step.pid").exists() and (batchctl.directory / "step.pid").read_text())
-    process.send_signal(number)
-    stdout, _ = process.communicate(timeout=20)
-    assert process.returncode == 128 + number
-    result = json.loads(stdout)
-    assert result["outcome"] == "stopped"
-    assert [step["outcome"] for step in result["steps"]] == ["stopped", "not_run"]
-    assert gone(int(pid))
-
-
 def test_a_second_signal_kills_at_once(batchctl):
     batchctl.configure(batch([("31", "trap '' TERM; echo $$ > step.pid; while :; do sleep 1; done")], 'grace = "10m"'))
     process = batchctl.start("run-batch")
@@ -196,6 +165,7 @@ def test_a_second_signal_kills_at_once(batchctl):
     assert gone(int(pid))
 
 
+@pytest.mark.each_server
 def test_a_killed_batchctl_leaves_an_orphan_that_blocks_until_it_is_gone(batchctl):
     batchctl.configure(batch([("31", "echo $$ > step.pid; exec sleep 300")]))
     process = batchctl.start("run-batch")
@@ -356,14 +326,7 @@ def test_nothing_is_left_running_blocks_nothing(batchctl):
     assert list((batchctl.directory / "state" / "run" / "daily").iterdir()) == []
 
 
-@pytest.mark.parametrize("options", ["enabled = false", 'hours = "{hour}"'])
-def test_a_disabled_batch_or_a_wrong_hour_is_skipped(batchctl, options):
-    other_hour = (datetime.now().astimezone().astimezone(tz=None).hour + 12) % 24
-    batchctl.configure(batch([("31", "true")], options.format(hour=other_hour)))
-    result = batchctl.json("run-batch", code=75)
-    assert result["reason"] == ("disabled" if "enabled" in options else "outside_hours")
-
-
+@pytest.mark.each_server
 def test_every_is_measured_from_the_start(batchctl):
     batchctl.configure(batch([("31", "true")], 'min_gap = "0s"\nevery = "30h"'))
     first = batchctl.json("run-batch")

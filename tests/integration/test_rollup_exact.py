@@ -20,6 +20,8 @@ from batchctl.rollup.refresh import tick
 from batchctl.state.database import Database
 from batchctl.state.migrate import upgrade
 
+pytestmark = pytest.mark.any_user
+
 CLOCK = SystemClock()
 LOG = logging.getLogger("trend")
 SEED = int(os.environ.get("BATCHCTL_TEST_SEED", "0")) or random.SystemRandom().randrange(1, 10**9)

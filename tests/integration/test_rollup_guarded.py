@@ -21,6 +21,8 @@ from batchctl.rollup.refresh import rebuild, tick
 from batchctl.state.database import Database
 from batchctl.state.migrate import upgrade
 
+pytestmark = pytest.mark.any_user
+
 CLOCK = SystemClock()
 LOG = logging.getLogger("trend")
 AT = "2025-11-13 06:{:02}:07Z"

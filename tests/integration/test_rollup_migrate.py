@@ -17,6 +17,8 @@ from batchctl.rollup.refresh import tick
 from batchctl.state.database import Database
 from batchctl.state.migrate import upgrade
 
+pytestmark = pytest.mark.any_user
+
 CLOCK = SystemClock()
 LOG = logging.getLogger("trend")
 FACTS = """

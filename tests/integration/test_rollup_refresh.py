@@ -19,6 +19,8 @@ from batchctl.rollup.refresh import tick
 from batchctl.state.database import Database
 from batchctl.state.migrate import upgrade
 
+pytestmark = pytest.mark.any_user
+
 CLOCK = SystemClock()
 GRAINS = {"1m": "1 minute", "5m": "5 minutes", "1h": "1 hour"}
 MEASURES = {

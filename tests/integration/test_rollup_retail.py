@@ -26,6 +26,8 @@ from batchctl.rollup.refresh import tick
 from batchctl.state.database import Database
 from batchctl.state.migrate import upgrade
 
+pytestmark = pytest.mark.any_user
+
 CLOCK = SystemClock()
 LOG = logging.getLogger("trend")
 COLUMNS = ("invoice", "stock_code", "quantity", "invoiced_at", "unit_price", "customer_id", "country")

@@ -11,6 +11,7 @@ SELECT
     registered.definition,
     registered.history_queued_at IS NOT NULL AS history_queued,
     EXISTS (SELECT FROM {schema}.state WHERE job = %(job)s) AS known,
+    ARRAY(SELECT job FROM {schema}.state WHERE job IN (%(rollup)s, %(job)s) AND paused ORDER BY job) AS paused,
     EXISTS (
         SELECT FROM {schema}.dirty_bucket
         WHERE rollup = %(rollup)s AND grain = %(grain)s AND bucket = '-infinity'
@@ -444,6 +445,10 @@ DELETE FROM {schema}.dirty_bucket WHERE rollup = {rollup}
 
 -- name: forget_job
 DELETE FROM {schema}.state WHERE job = {job}
+
+-- name: forget_pause
+-- A pause of the rollup as a whole; a batch of the same name keeps its state.
+DELETE FROM {schema}.state WHERE job = {rollup} AND last_run_id IS NULL
 
 -- name: forget
 DELETE FROM {schema}.rollup WHERE rollup = {rollup}

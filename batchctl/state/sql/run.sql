@@ -60,8 +60,26 @@ FROM {schema}.step_run s JOIN {schema}.run r USING (run_id)
 WHERE r.batch = %(batch)s AND r.host = %(host)s AND r.outcome IS NULL AND s.finished_at IS NULL AND s.pid IS NOT NULL;
 
 -- name: job
--- The state of a job; no row means that it never started.
-SELECT last_started_at, last_completed_at, paused FROM {schema}.state WHERE job = %(job)s;
+-- The state of a job, which never started if it has no times, and what is paused of all that would start with it.
+SELECT s.last_started_at, s.last_completed_at,
+       ARRAY(SELECT p.job FROM {schema}.state p WHERE p.paused AND p.job = ANY(%(jobs)s) ORDER BY p.job) AS paused
+FROM (SELECT) AS always LEFT JOIN {schema}.state s ON s.job = %(job)s;
+
+-- name: pause
+-- Refuse starts of a job; no row comes back if it was paused before.
+INSERT INTO {schema}.state AS s (job, paused) VALUES (%(job)s, true)
+ON CONFLICT (job) DO UPDATE SET paused = true WHERE NOT s.paused
+RETURNING job;
+
+-- name: unpause
+-- Allow starts of a job and of all below it again.
+UPDATE {schema}.state SET paused = false
+WHERE paused AND (job = %(job)s OR starts_with(job, %(job)s || '/'))
+RETURNING job;
+
+-- name: paused
+-- Which of these jobs are paused.
+SELECT job FROM {schema}.state WHERE paused AND job = ANY(%(jobs)s) ORDER BY job;
 
 -- name: estimate
 -- How long the job takes: the median of its last ten successes that left nothing out.
