@@ -89,7 +89,7 @@ class Recorder:
         """
 
         def beat() -> Any:
-            with self._connect(limit=WRITE_LIMIT_SECONDS) as store:
+            with self._connect(limit=WRITE_LIMIT_SECONDS, known=True) as store:
                 return store.heartbeat(self._run, lease)
 
         heard = within(WRITE_LIMIT_SECONDS, beat)
@@ -99,10 +99,9 @@ class Recorder:
         return heard
 
     def _write(self, name: str, values: Mapping[str, Any]) -> Any:
-        with self._connect(limit=WRITE_LIMIT_SECONDS, patience=PATIENCE_SECONDS) as store:
+        with self._connect(limit=WRITE_LIMIT_SECONDS, patience=PATIENCE_SECONDS, known=True) as store:
             # A standby that took over may not know the claim.
-            store.write("run_started", self._run)
-            return store.write(name, values)
+            return store.write_in_run(self._run, name, values)
 
     def _append(self, name: str, values: Mapping[str, Any]) -> None:
         if not self._journaled:

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from batchctl.state.database import WrongDataError
 from batchctl.state.migrate import require_schema
 
 if TYPE_CHECKING:
@@ -275,6 +276,24 @@ class Store:
             self.session.fetch("run.keep")
             return self.session.fetch_one("run.run_finished", **columns)
 
+    def write_in_run(self, run: Mapping[str, Any], name: str, values: Mapping[str, Any]) -> Any:
+        """Execute a record of a run whose claim the database may have lost.
+
+        Args:
+            run: The claim, as values of `run_started`.
+            name: The record.
+            values: Its columns.
+        """
+        try:
+            row = self.write(name, values)
+        except WrongDataError:
+            row = None  # a step of a run that is not there
+        else:
+            if row is not None or name != "run_finished":
+                return row
+        self.write("run_started", run)
+        return self.write(name, values)
+
     def jobs(self) -> list[Any]:
         """List the state of all jobs."""
         return self.session.fetch("run.jobs")
@@ -292,10 +311,21 @@ def open_store(
     patience: float = 0,
     limit: float | None = None,
     start_server: bool = True,
+    known: bool = False,
 ) -> Iterator[Store]:
-    """Connect for the block, make sure that the schema fits, and record what the journal holds."""
+    """Connect for the block, make sure that the schema fits, and record what the journal holds.
+
+    Args:
+        database: Where.
+        journal: What waits for it.
+        patience: As for `Database.connect`, like the next two.
+        limit: The same.
+        start_server: The same.
+        known: The schema fitted when this command began; it is not looked at again.
+    """
     with database.connect(patience=patience, limit=limit, start_server=start_server) as session:
-        require_schema(session)
+        if not known:
+            require_schema(session)
         store = Store(session)
         journal.replay(store.write)
         yield store

@@ -173,11 +173,13 @@ SELECT job, %(now)s, %(run_id)s FROM unnest(%(jobs)s::text[]) AS job
 ON CONFLICT (job) DO UPDATE SET last_started_at = EXCLUDED.last_started_at, last_run_id = EXCLUDED.last_run_id;
 
 -- name: step_started
--- Record an attempt at a step as soon as its process exists.
+-- Record an attempt at a step as soon as its process exists. A crash of the server may lose it: its end is recorded
+-- anew, and its process has other witnesses. So it does not wait for the disk.
 INSERT INTO {schema}.step_run (run_id, account, step, attempt, step_group, pid, pid_start_ticks, started_at, quantity, log,
                                config_hash)
-VALUES (%(run_id)s, %(account)s, %(step)s, %(attempt)s, %(group)s, %(pid)s, %(pid_start_ticks)s,
-        coalesce(%(at)s::timestamptz, clock_timestamp()), %(quantity)s, %(log)s, %(config_hash)s)
+SELECT %(run_id)s, %(account)s, %(step)s, %(attempt)s, %(group)s, %(pid)s, %(pid_start_ticks)s,
+       coalesce(%(at)s::timestamptz, clock_timestamp()), %(quantity)s, %(log)s, %(config_hash)s
+FROM set_config('synchronous_commit', 'off', true)
 ON CONFLICT (run_id, account, step, attempt) DO NOTHING;
 
 -- name: step_finished
