@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -20,6 +21,7 @@ class Migration(NamedTuple):
     text: LiteralString
 
 
+@functools.cache
 def named_queries(file_name: str) -> dict[str, LiteralString]:
     """Read the statements of a file by their names.
 
