@@ -7,10 +7,14 @@ Which tests run where is decided by two marks, so that a new test is never left 
   does to a server (claims, the making of the schema, every statement of a command) are marked `each_server`.
 * All tests run as root, and all but those marked `any_user` once more as an ordinary user (`.ci/run`). It marks what
   cannot depend on who calls: the arithmetic of rollups in a server, what the documentation says.
+
+`.ci/run` runs two tests at a time (pytest-xdist). One that starts a crowd of processes is marked `crowd` and has the
+machine to itself, because others measure how long something takes.
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import uuid
@@ -50,6 +54,12 @@ if len(SERVERS) == 1:
     SERVERS.append(pytest.param("missing", id="debian"))
 
 
+def pytest_addoption(parser):
+    """Let the long tests be longer."""
+    parser.addoption("--chaos-rounds", type=int, default=30, help="rounds of the chaos test (default 30)")
+    parser.addoption("--start-rounds", type=int, default=50, help="rounds of simultaneous starts (default 50)")
+
+
 def pytest_generate_tests(metafunc):
     """Choose the servers of a test, as the docstring of this file says."""
     if "server" in metafunc.fixturenames:
@@ -77,6 +87,18 @@ def server(request, tmp_path_factory):
         yield running
     finally:
         running.stop()
+
+
+@pytest.fixture(autouse=True)
+def _room(request, tmp_path_factory):
+    """Let a test that is marked `crowd` wait for the other one that runs, and no other begin beside it."""
+    shared = tmp_path_factory.getbasetemp().parent
+    with (shared / "room.lock").open("w") as room:
+        # Who wants to be alone keeps the door closed while it waits, or the others would go in and out for ever.
+        with (shared / "door.lock").open("w") as door:
+            fcntl.flock(door, fcntl.LOCK_EX)
+            fcntl.flock(room, fcntl.LOCK_EX if request.node.get_closest_marker("crowd") else fcntl.LOCK_SH)
+        yield
 
 
 @pytest.fixture

@@ -79,7 +79,10 @@ class Start:
                     if isinstance(claimed, Skip) and claimed is not INTERRUPTED:
                         self._record_skip(store, state, claimed)
             except DatabaseUnavailableError:
-                claimed = self._journaled(state)
+                journaled = self._journaled(state)
+                if journaled is None:
+                    raise
+                claimed = journaled
             if claimed is INTERRUPTED:
                 return self._result("stopped", message=INTERRUPTED.message, signal=interruption.signal)
             if isinstance(claimed, Skip):
@@ -112,13 +115,12 @@ class Start:
         assert claim.run is not None  # noqa: S101 - neither a live run nor a refusal leaves only this
         return Claimed(work, claim.run, claim.now, guards.clock.monotonic(), locks)
 
-    def _journaled(self, state: State) -> Skip:
-        """Find in the journal why there would be no start with the database either, or say that it is away."""
+    def _journaled(self, state: State) -> Skip | None:
+        """Find in the journal why there would be no start with the database either."""
         skip = self.guards.journaled(state.journal) if isinstance(self.work, Work) else None
-        if skip is None:
-            raise  # noqa: PLE0704 - called while the error is handled
-        with suppress(BatchctlError):
-            state.journal.append("skip", self._skip_values(skip))
+        if skip is not None:
+            with suppress(BatchctlError):
+                state.journal.append("skip", self._skip_values(skip))
         return skip
 
     def _result(self, outcome: str, **values: Any) -> RunResult:

@@ -84,6 +84,21 @@ def directory(tmp_path):
         yield directory
 
 
+@pytest.fixture(scope="module")
+def template(tmp_path_factory):
+    """A demo that has run and whose server is stopped."""
+    with stopped_at_last(tmp_path_factory.mktemp("template") / "demo") as directory:
+        demo("--directory", directory, cwd=directory.parent)
+    return directory
+
+
+@pytest.fixture
+def finished(directory, template):
+    """A demo that has run."""
+    subprocess.run(["cp", "-a", template, directory], check=True)
+    return directory
+
+
 def listing(directory):
     return sorted(path.name for path in directory.iterdir() if not path.name.startswith("."))
 
@@ -153,6 +168,7 @@ def test_life_of_a_demo(tmp_path):
         assert "There is no demo" in demo("--clean", cwd=tmp_path)
 
 
+@pytest.mark.any_user
 @pytest.mark.parametrize("name", ['it\'s "quoted" \\ {step}, é 한국', f"{'long' * 30}/a b"])
 def test_directory_of_any_name(tmp_path, name):
     with stopped_at_last(tmp_path / name) as directory:
@@ -208,14 +224,14 @@ def test_two_demos_at_once(tmp_path, directory):
 
 
 @pytest.mark.any_user
-def test_difference_is_told(tmp_path, directory):
-    demo("--directory", directory, cwd=tmp_path)
+def test_difference_is_told(tmp_path, finished):
+    server(finished).start()
     wrong = "('2001-01-01 00:00Z', 'sale', 'WRONG', 1, 2)"
     query(
-        directory,
+        finished,
         f"INSERT INTO agg_5m (bucket, event_type, item, events, value_sum) VALUES {wrong} RETURNING 1",
     )
-    lines = demo("--directory", directory, cwd=tmp_path, code=1).splitlines()
+    lines = demo("--directory", finished, cwd=tmp_path, code=1).splitlines()
     assert lines[-4] == LAST_LINES[0]
     assert re.match(
         r"agg_5m: 3,012 events, value 60,083\.76; the source has 3,011 events, value 60,081\.76: "
@@ -226,10 +242,9 @@ def test_difference_is_told(tmp_path, directory):
 
 
 @pytest.mark.any_user
-def test_failing_step_ends_the_demo(tmp_path, directory):
-    demo("--directory", directory, cwd=tmp_path)
-    (directory / "collect.py").write_text("raise SystemExit('no such shop')\n")
-    process = start("--directory", directory, cwd=tmp_path)
+def test_failing_step_ends_the_demo(tmp_path, finished):
+    (finished / "collect.py").write_text("raise SystemExit('no such shop')\n")
+    process = start("--directory", finished, cwd=tmp_path)
     stdout, _ = process.communicate(timeout=LIMIT)
     assert process.returncode == 3, stdout
     assert "| no such shop" in stdout

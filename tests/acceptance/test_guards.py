@@ -23,8 +23,9 @@ def one_step(line, options=""):
     return batch([("31", line, 'group = "a"')], options)
 
 
-TWO_GROUPS = one_step("echo x >> ran; exec sleep 2") + (
-    '[[batch.daily.step]]\nid = "61"\ngroup = "b"\ncommand = ["sh", "-c", "echo x >> ran; exec sleep 2"]\n'
+UNTIL_REFUSED = "while ! test -e refused; do sleep 0.05; done"
+TWO_GROUPS = one_step(f"echo x >> ran; {UNTIL_REFUSED}") + (
+    f'[[batch.daily.step]]\nid = "61"\ngroup = "b"\ncommand = ["sh", "-c", "echo x >> ran; {UNTIL_REFUSED}"]\n'
 )
 
 
@@ -38,22 +39,28 @@ def finish(processes):
     return results
 
 
+def race(processes, *directories):
+    """Let the steps end once all starts but one have been refused."""
+    deadline = time.monotonic() + 100
+    while sum(process.poll() is None for process in processes) > 1 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    for directory in directories:
+        (directory / "refused").touch()
+    return finish(processes)
+
+
+@pytest.mark.crowd
 @pytest.mark.each_server
 def test_of_32_starts_at_the_same_instant_one_runs(batchctl, server):
     """On a database without a schema; the step runs until all others have been refused."""
-    batchctl.configure(one_step("echo $PPID >> ran; while ! test -e refused; do sleep 0.05; done", 'timeout = "5m"'))
+    batchctl.configure(one_step(f"echo $PPID >> ran; {UNTIL_REFUSED}", 'timeout = "5m"'))
     # The guards are the same on every server; one of them sees all rounds.
     for round_number in range(ROUNDS if server._binaries is None else 1):
         with psycopg.connect(batchctl.url) as connection:
             connection.execute("DROP SCHEMA IF EXISTS batchctl CASCADE")
         (batchctl.directory / "refused").unlink(missing_ok=True)
         (batchctl.directory / "ran").unlink(missing_ok=True)
-        processes = [batchctl.start("run-batch", "--json") for _ in range(STARTS)]
-        deadline = time.monotonic() + 100
-        while sum(process.poll() is None for process in processes) > 1 and time.monotonic() < deadline:
-            time.sleep(0.02)
-        (batchctl.directory / "refused").touch()
-        results = finish(processes)
+        results = race([batchctl.start("run-batch", "--json") for _ in range(STARTS)], batchctl.directory)
         codes = Counter(code for code, _, _ in results)
         assert codes == {0: 1, 75: STARTS - 1}, f"round {round_number}: {codes}"
         winner = next(pid for code, pid, _ in results if code == 0)
@@ -72,13 +79,12 @@ def test_of_32_starts_at_the_same_instant_one_runs(batchctl, server):
 
 def test_without_the_file_lock_the_same_start_would_run_twice(batchctl, tmp_path_factory):
     """The control: with a lock of its own for each start, only the state table is left, and it names another guard."""
-    batchctl.configure(one_step("sleep 2", 'min_gap = "0s"'))
     others = []
     for number in range(4):
         other = replace(batchctl, directory=tmp_path_factory.mktemp(f"host{number}"))
-        other.configure(one_step("sleep 2", 'min_gap = "0s"'))
+        other.configure(one_step(UNTIL_REFUSED, 'min_gap = "0s"'))
         others.append(other)
-    results = finish([other.start("run-batch", "--json") for other in others])
+    results = race([other.start("run-batch", "--json") for other in others], *(other.directory for other in others))
     assert Counter(code for code, _, _ in results) == {0: 1, 75: 3}
     assert {result["reason"] for code, _, result in results if code == 75} == {"running_elsewhere"}
 
@@ -86,7 +92,7 @@ def test_without_the_file_lock_the_same_start_would_run_twice(batchctl, tmp_path
 def test_two_groups_at_the_same_instant(batchctl):
     batchctl.configure(TWO_GROUPS)
     processes = [batchctl.start("run-batch", "--group", group, "--json") for group in ("a", "b")]
-    results = finish(processes)
+    results = race(processes, batchctl.directory)
     assert Counter(code for code, _, _ in results) == {0: 1, 75: 1}
     assert next(result["reason"] for code, _, result in results if code == 75) == "running"
     assert (batchctl.directory / "ran").read_text() == "x\n"
@@ -98,7 +104,7 @@ def test_two_state_directories_on_one_database(batchctl, tmp_path_factory):
     for host in (batchctl, other):
         host.configure(TWO_GROUPS)
     processes = [host.start("run-batch", "--json") for host in (batchctl, other)]
-    results = finish(processes)
+    results = race(processes, batchctl.directory, other.directory)
     assert Counter(code for code, _, _ in results) == {0: 1, 75: 1}
     winner = next(pid for code, pid, _ in results if code == 0)
     refused = next(result for code, _, result in results if code == 75)
@@ -109,7 +115,7 @@ def test_two_state_directories_on_one_database(batchctl, tmp_path_factory):
 
 
 def test_the_lock_file_removed_while_held(batchctl):
-    batchctl.configure(one_step("touch started; exec sleep 3"))
+    batchctl.configure(one_step(f"touch started; {UNTIL_REFUSED}"))
     process = batchctl.start("run-batch")
     while not (batchctl.directory / "started").exists():
         time.sleep(0.02)
@@ -117,6 +123,7 @@ def test_the_lock_file_removed_while_held(batchctl):
     (batchctl.directory / "state" / "lock" / "batch.daily.lock").unlink()
     result = batchctl.json("run-batch", code=75)
     assert (result["reason"], result["holder"]["pid"]) == ("running", process.pid)
+    (batchctl.directory / "refused").touch()
     process.communicate(timeout=30)
     assert process.returncode == 0
 
@@ -160,7 +167,7 @@ def test_a_password_is_never_shown(batchctl):
 
 
 def test_a_skip_decided_by_the_lock_does_not_wait_for_the_database(batchctl):
-    batchctl.configure(one_step("touch started; exec sleep 8"))
+    batchctl.configure(one_step(f"touch started; {UNTIL_REFUSED}"))
     process = batchctl.start("run-batch")
     while not (batchctl.directory / "started").exists():
         time.sleep(0.02)
@@ -171,6 +178,7 @@ def test_a_skip_decided_by_the_lock_does_not_wait_for_the_database(batchctl):
         assert batchctl.json("run-batch", code=75)["reason"] == "running"
         assert time.monotonic() - began < 6
     batchctl.environment = {}
+    (batchctl.directory / "refused").touch()
     process.communicate(timeout=30)
     journals = list((batchctl.directory / "state" / "journal").iterdir())
     assert len(journals) == 1, "the skip waits for its own database"
@@ -234,7 +242,7 @@ def test_a_crash_of_the_machine_between_two_runs(batchctl):
 
 
 def test_a_lock_file_with_the_data_of_a_dead_holder_names_nobody_else(batchctl):
-    batchctl.configure(one_step("touch started; exec sleep 2"))
+    batchctl.configure(one_step(f"touch started; {UNTIL_REFUSED}"))
     lock = batchctl.directory / "state" / "lock" / "batch.daily.lock"
     for path in (batchctl.directory / "state", lock.parent):
         path.mkdir(mode=0o700)
@@ -249,5 +257,6 @@ def test_a_lock_file_with_the_data_of_a_dead_holder_names_nobody_else(batchctl):
     while not (batchctl.directory / "started").exists():
         time.sleep(0.02)
     assert batchctl.json("run-batch", code=75)["holder"]["pid"] == process.pid
+    (batchctl.directory / "refused").touch()
     process.communicate(timeout=30)
     assert Path(lock).read_text() == ""

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psycopg
 import pytest
-from support import PROGRAM, batch, embedded_connection, gone, wait_for
+from support import PROGRAM, batch, gone, wait_for
 
 STEP_KEYS = {
     "account", "step", "group", "outcome", "exit_code", "signal", "attempts", "duration_seconds", "quantity", "log",
@@ -129,8 +129,7 @@ def test_a_command_that_does_not_exist_is_a_failed_step(batchctl):
     assert "cannot start './no-such-program'" in batchctl.log
 
 
-def test_a_failed_step_is_tried_again(embedded_batchctl):
-    batchctl = embedded_batchctl
+def test_a_failed_step_is_tried_again(batchctl):
     # The first retry comes after ten seconds: the real delay, once.
     batchctl.configure(batch([("31", "test -e tried || { touch tried; exit 1; }", "retries = 1")]))
     result = batchctl.json("run-batch")
@@ -266,17 +265,17 @@ def test_a_signal_before_the_claim_starts_nothing_and_costs_no_gap(batchctl):
     assert batchctl.json("run-batch")["outcome"] == "success"
 
 
-def test_a_start_does_not_wait_for_a_lock_that_somebody_keeps(embedded_batchctl):
-    embedded_batchctl.configure(batch([("31", "touch ran")]))
-    embedded_batchctl("status")
-    with embedded_connection(embedded_batchctl.directory) as connection:
+def test_a_start_does_not_wait_for_a_lock_that_somebody_keeps(batchctl):
+    batchctl.configure(batch([("31", "touch ran")]))
+    batchctl("status")
+    with psycopg.connect(batchctl.url) as connection:
         connection.execute("INSERT INTO batchctl.state (job) VALUES ('daily')")
         connection.commit()
         connection.execute("SELECT FROM batchctl.state FOR UPDATE")
-        done = embedded_batchctl("run-batch", code=69)
+        done = batchctl("run-batch", code=69)
     assert "lock timeout" in done.stderr
     assert done.stderr.count("\n") == 1
-    assert not (embedded_batchctl.directory / "ran").exists()
+    assert not (batchctl.directory / "ran").exists()
 
 
 def test_what_cannot_be_made_before_a_run_is_not_claimed(batchctl):
