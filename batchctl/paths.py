@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import os
 import stat
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 from batchctl.errors import ConfigurationError
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
 GROUP_OR_OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
+
+
+def home_directory() -> Path:
+    """Ask the passwd entry, because cron's environment may say something else."""
+    import pwd  # noqa: PLC0415 - not every start needs it
+
+    try:
+        return Path(pwd.getpwuid(os.geteuid()).pw_dir)
+    except KeyError:
+        raise ConfigurationError(
+            f"user id {os.geteuid()} has no passwd entry and so no home directory; "
+            "pass --config and set state_dir, or run as a user that the system knows"
+        ) from None
 
 
 def private_directory(path: Path) -> Path:

@@ -1,0 +1,259 @@
+"""Decodes a parsed configuration into types; every error names its key path, what was found and what is allowed."""
+
+from __future__ import annotations
+
+import os
+import re
+import typing
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+
+from batchctl.config import (
+    GRAIN_PATTERN,
+    HOUR,
+    IDENTIFIER_PATTERN,
+    NAME_PATTERN,
+    SCHEMA_PATTERN,
+    Batch,
+    Database,
+    Document,
+    Duration,
+    Group,
+    OptionalDuration,
+    Rollup,
+    Size,
+    Step,
+    grain_seconds,
+    parse_duration,
+    parse_size,
+)
+from batchctl.errors import ConfigurationError
+from batchctl.paths import home_directory
+
+WORDS = {
+    "str": "a text in quotes",
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "array": "a list",
+    "object": "a table",
+}
+"""What msgspec calls things, and what TOML's users do."""
+LONGEST_GRACE = parse_duration("2m")
+"""The longest grace of a run that ends itself within its lease."""
+
+Kind = TypeVar("Kind", bound=msgspec.Struct)
+
+
+class Reader:
+    """Decodes section by section, so that every error can name its full key path and the keys allowed there."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def refuse(self, key_path: str, problem: str) -> None:
+        raise ConfigurationError(f"{self.path}: {key_path}: {problem}" if key_path else f"{self.path}: {problem}")
+
+    def directory(self, text: str) -> Path:
+        expanded = home_directory() / text[2:] if text.startswith("~/") else Path(text)
+        return Path(os.path.normpath(self.path.parent / expanded))
+
+    def document(self, data: dict[str, Any]) -> Document:
+        batches = {name: self.batch(raw, f"batch.{name}") for name, raw in self.tables(data, "batch", "batch")}
+        rollups = {name: self.rollup(raw, f"rollup.{name}") for name, raw in self.tables(data, "rollup", "rollup")}
+        database = self.section(data.get("database", {}), Database, "database")
+        rest = {key: value for key, value in data.items() if key not in ("batch", "rollup", "database")}
+        document = self.section(rest, Document, "", keys=frozenset({"batch", "rollup", "database"}))
+        if document.timezone is not None:
+            self.timezone(document.timezone)
+        for name in batches.keys() & rollups.keys():
+            self.refuse(f"rollup.{name}", "a batch has this name too; expected names that differ, they are jobs alike")
+        self.unique_targets(rollups)
+        return msgspec.structs.replace(document, database=database, batch=batches, rollup=rollups)
+
+    def timezone(self, name: str) -> None:
+        import zoneinfo  # noqa: PLC0415 - only where a zone is named
+
+        try:
+            zoneinfo.ZoneInfo(name)
+        except (zoneinfo.ZoneInfoNotFoundError, ValueError, OSError):
+            self.refuse("timezone", f"found {name!r}, expected a name of the time zone database such as Asia/Seoul")
+
+    def unique_targets(self, rollups: dict[str, Rollup]) -> None:
+        seen: dict[str, str] = {}
+        for name, rollup in rollups.items():
+            for grain in rollup.grains:
+                # Unqualified targets live in the schema of their source, so equal texts may be different tables.
+                schema = rollup.source.rpartition(".")[0] if "." not in rollup.target else ""
+                table = f"{schema}.{rollup.target.replace('{grain}', grain)}"
+                if table in seen:
+                    self.refuse(
+                        f"rollup.{name}.target",
+                        f"{table.lstrip('.')!r} is also written by rollup.{seen[table]}; expected one table each, "
+                        f'such as target = "{name}_{{grain}}"',
+                    )
+                seen[table] = name
+
+    def batch(self, raw: dict[str, Any], key_path: str) -> Batch:
+        steps = raw.get("step", [])
+        if not isinstance(steps, list) or not steps:
+            self.refuse(
+                f"{key_path}.step", f"found {_brief(raw.get('step'))}, expected at least one [[{key_path}.step]]"
+            )
+        decoded = tuple(self.section(step, Step, f"{key_path}.step[{number}]") for number, step in enumerate(steps))
+        groups = {
+            name: self.section(group, Group, f"{key_path}.group.{name}")
+            for name, group in self.tables(raw, "group", f"{key_path}.group")
+        }
+        rest = {key: value for key, value in raw.items() if key != "group"}
+        batch = self.section({**rest, "step": [{"id": "0", "command": ["true"]}]}, Batch, key_path)
+        batch = msgspec.structs.replace(batch, step=decoded, group=groups)
+        self.unique(f"{key_path}.accounts", batch.accounts)
+        self.unique(f"{key_path}.step", tuple(step.id for step in decoded))
+        for name in groups.keys() - set(batch.groups):
+            self.refuse(f"{key_path}.group.{name}", f"no step has this group; expected one of {_choices(batch.groups)}")
+        for number, step in enumerate(decoded):
+            self.positive(f"{key_path}.step[{number}].timeout", step.timeout)
+            for name in step.env:
+                if not name or "=" in name:
+                    self.refuse(f"{key_path}.step[{number}].env", f"found the name {name!r}, expected one without =")
+            for text in (*step.command, *step.env, *step.env.values()):
+                if "\0" in text:
+                    self.refuse(f"{key_path}.step[{number}]", "found a NUL character, which no command can be given")
+        self.positive(f"{key_path}.timeout", batch.timeout)
+        self.positive(f"{key_path}.step_timeout", batch.step_timeout)
+        if batch.on_lost_database == "stop" and batch.grace > LONGEST_GRACE:
+            self.refuse(
+                f"{key_path}.grace",
+                f'found {batch.grace}, expected at most {LONGEST_GRACE} with on_lost_database = "stop": '
+                "the steps must have ended before the lease of five minutes is over",
+            )
+        return batch
+
+    def rollup(self, raw: dict[str, Any], key_path: str) -> Rollup:
+        rollup = self.section(raw, Rollup, key_path)
+        seconds = [grain_seconds(grain) for grain in rollup.grains]
+        for grain, length in zip(rollup.grains, seconds, strict=True):
+            if HOUR % length:
+                self.refuse(
+                    f"{key_path}.grains", f"found {grain!r}, expected a grain that divides 1h, such as 1m or 5m"
+                )
+        for finer, coarser in zip(rollup.grains, rollup.grains[1:], strict=False):
+            if grain_seconds(coarser) % grain_seconds(finer) or grain_seconds(coarser) == grain_seconds(finer):
+                self.refuse(
+                    f"{key_path}.grains",
+                    f"found {finer!r} before {coarser!r}, expected finest first and each dividing the next",
+                )
+        if len(rollup.grains) > 1 and "{grain}" not in rollup.target:
+            self.refuse(
+                f"{key_path}.target", f"found {rollup.target!r}, expected {{grain}} in it: a table for each grain"
+            )
+        for key in ("schedule", "offset"):
+            for grain in raw.get(key, {}):
+                if grain not in rollup.grains:
+                    self.refuse(f"{key_path}.{key}.{grain}", f"expected one of the grains {_choices(rollup.grains)}")
+        self.unique(f"{key_path}.dimensions", rollup.dimensions)
+        names = ("bucket", *rollup.dimensions, *rollup.measures)
+        self.unique(f"{key_path}.measures", names)
+        return rollup
+
+    def tables(self, data: dict[str, Any], key: str, key_path: str) -> list[tuple[str, dict[str, Any]]]:
+        found = data.get(key, {})
+        if not isinstance(found, dict):
+            self.refuse(key_path, f"found {_brief(found)}, expected tables such as [{key_path}.NAME]")
+        for name, table in found.items():
+            if re.match(NAME_PATTERN, name) is None:
+                self.refuse(f"{key_path}.{name!r}", "expected a name of letters, digits, and . _ - inside")
+            if not isinstance(table, dict):
+                self.refuse(f"{key_path}.{name}", f"found {_brief(table)}, expected a table")
+        return list(found.items())
+
+    def section(self, raw: Any, kind: type[Kind], key_path: str, keys: frozenset[str] = frozenset()) -> Kind:
+        allowed = set(kind.__struct_fields__) - keys
+        if isinstance(raw, dict):
+            for key in raw.keys() - allowed:
+                self.refuse(
+                    f"{key_path}.{key}" if key_path else key,
+                    f"unknown key; allowed here: {', '.join(sorted(set(kind.__struct_fields__)))}",
+                )
+        try:
+            return msgspec.convert(raw, kind, dec_hook=_decode_hook)
+        except msgspec.ValidationError as error:
+            problem, _, place = str(error).partition(" - at `$")
+            inner = place.rstrip("`").replace("[...]", "")
+            self.refuse((key_path + inner).lstrip("."), _explain(problem, raw, inner, kind))
+            raise
+
+    def unique(self, key_path: str, values: tuple[str, ...]) -> None:
+        for value in values:
+            if values.count(value) > 1:
+                self.refuse(key_path, f"found {value!r} twice, expected each once")
+
+    def positive(self, key_path: str, value: Duration | None) -> None:
+        if value is not None and not value:
+            self.refuse(key_path, "found 0s, expected a duration longer than nothing")
+
+
+def _decode_hook(kind: type, value: Any) -> Any:
+    if issubclass(kind, Size):
+        if not isinstance(value, str):
+            # ValueError is what msgspec turns into an error with a key path.
+            raise ValueError(f'found {_brief(value)}, expected a size in quotes such as "64MB"')  # noqa: TRY004
+        return parse_size(value)
+    if issubclass(kind, Duration):
+        if not isinstance(value, str):
+            # ValueError is what msgspec turns into an error with a key path.
+            raise ValueError(  # noqa: TRY004
+                f'found {_brief(value)}, expected a duration in quotes such as "90s" or "6h"'
+            )
+        if issubclass(kind, OptionalDuration):
+            return OptionalDuration(seconds=parse_duration(value).total_seconds()) if value else OptionalDuration()
+        return parse_duration(value)
+    raise NotImplementedError(kind)
+
+
+def _explain(problem: str, raw: Any, inner: str, kind: type) -> str:
+    """Say what was found where msgspec only says what it wanted."""
+    if problem.startswith("found"):
+        return problem
+    found = raw
+    for key, index in re.findall(r"\.(\w+)|\[(\d+)\]", inner):
+        try:
+            found = found[key] if key else found[int(index)]
+        except (KeyError, IndexError, TypeError):
+            return problem
+    if missing := re.match(r"Object missing required field `(\w+)`", problem):
+        return f"the key {missing[1]!r} is required and missing"
+    expected = re.sub(r"^Expected ", "", problem).partition(", got")[0].replace("`", "")
+    expected = expected.replace(" | null", "")
+    for word, meant in WORDS.items():
+        expected = re.sub(rf"\b{word}\b", meant, expected)
+    for pattern, text in (
+        (NAME_PATTERN, "a name of letters, digits, and . _ - inside"),
+        (IDENTIFIER_PATTERN, "a text without slash or control character"),
+        (GRAIN_PATTERN, "a grain such as 1m, 5m or 1h"),
+        (SCHEMA_PATTERN, "a name without % that does not begin with pg_"),
+    ):
+        if repr(pattern) in expected or pattern in expected:
+            expected = text
+    if problem.startswith("Invalid enum value"):
+        words = typing.get_args(typing.get_type_hints(kind)[inner.lstrip(".")])
+        expected = " or ".join(repr(word) for word in words)
+    return f"found {_brief(found)}, expected {expected}"
+
+
+def _brief(value: Any) -> str:
+    if value is None:
+        return "nothing"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, dict | list):
+        kind = "table" if isinstance(value, dict) else "list"
+        return f"a {kind}" if value else f"an empty {kind}"
+    return repr(value)
+
+
+def _choices(values: tuple[str, ...]) -> str:
+    return ", ".join(values) or "(none)"
