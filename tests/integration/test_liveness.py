@@ -260,6 +260,16 @@ def test_a_resumed_run_does_not_lose_sight_of_what_its_first_part_left(steps):
     assert [orphan.pid for orphan in orphans(steps)] == [first.pid]
 
 
+def test_a_start_that_came_to_nothing_leaves_what_it_found(steps, tmp_path):
+    RunLocks(tmp_path, "other", RUN, identify(os.getpid()), CLOCK).release()
+    assert known_runs(tmp_path, "other") == []
+    process, _ = steps.start("exec sleep 60", marked=False)
+    steps.locks.release()
+    # Resumed, and refused before a step was started.
+    RunLocks(tmp_path, "daily", RUN, identify(os.getpid()), CLOCK).release()
+    assert [(orphan.pid, orphan.run_ended) for orphan in steps.find()] == [(process.pid, True)]
+
+
 HIDDEN = """
 import sys
 from pathlib import Path
@@ -350,15 +360,14 @@ def refuse_pidfd(monkeypatch):
 def test_first_politely_then_hard(tmp_path, monkeypatch, pidfd):
     if not pidfd:
         refuse_pidfd(monkeypatch)
-    polite = subprocess.Popen(["sh", "-c", "trap 'echo bye >polite; exit 0' TERM; echo >ready1; sleep 60 & wait"],
+    polite = subprocess.Popen(["sh", "-c", "trap 'echo bye >polite; exit 0' TERM; sleep 60 & echo >ready1; wait"],
                               cwd=tmp_path)  # fmt: skip
     stubborn = subprocess.Popen(["sh", "-c", "trap '' TERM; echo >ready2; while :; do sleep 1; done"], cwd=tmp_path)
     wait_for(lambda: (tmp_path / "ready1").exists() and (tmp_path / "ready2").exists())
-    targets = {(each.pid, start_ticks(each.pid)) for each in (polite, stubborn)}
-    # Both are in the session of the tests, which must survive; so only they and what is below them.
+    # Both are in the session of the tests, which must survive; so only they and what is below them. With its child the
+    # shell waits for nothing, wherever the signal finds it.
     everything = {process for process in running() if process.pid in (polite.pid, stubborn.pid)}
     everything |= {process for process in running() if process.parent in (polite.pid, stubborn.pid)}
-    assert targets
     left = end_processes(lambda: everything, 1.0, CLOCK)
     assert left == set()
     assert (tmp_path / "polite").read_text() == "bye\n"
