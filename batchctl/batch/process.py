@@ -127,12 +127,12 @@ class Child:
         """List what runs of the attempt, also what left its session or cleared its environment."""
         file = self._lock.file
         traced = {
-            trace.process.pid
+            trace.process
             for trace in traces([file.run_id], [file])
             if (trace.account, trace.step) == (file.account, file.step)
         }
-        session = {process.pid for process in running() if process.session == self.pid}
-        return with_descendants(traced | session)
+        session = {process for process in running() if process.session == self.pid}
+        return with_descendants({(process.pid, process.start_ticks) for process in traced | session})
 
     def end(self, grace: float, clock: Clock) -> None:
         """End everything of the attempt: SIGTERM, grace, SIGKILL, until nothing is left.

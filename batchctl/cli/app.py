@@ -125,6 +125,8 @@ def main() -> NoReturn:
     # Ctrl-C ends a command at once and silently; run-batch handles it itself once it has something to end.
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+    # Where a parent ignores it, the kernel forgets how children ended, and each step would look like a success.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for stream in (sys.stdout, sys.stderr):
         # Cron's locale is often ASCII, and a message must not fail for one character.
         if stream is not None and hasattr(stream, "reconfigure"):
@@ -160,6 +162,8 @@ COMMANDS = {
     "pause": "control",
     "unpause": "control",
     "stop": "control",
+    "orphans": "recover",
+    "recover": "recover",
     "init": "admin",
     "migrate": "admin",
     "demo": "admin",

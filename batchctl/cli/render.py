@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json as json_module
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from datetime import tzinfo
 
     from batchctl.batch.plan import Plan
+    from batchctl.batch.recovery import Left
     from batchctl.batch.result import RunResult, StepResult
     from batchctl.batch.resume import Work
     from batchctl.report.jobs import JobStatus, NextStart
@@ -48,7 +49,14 @@ def line(text: str) -> None:
 
 def warning(text: str) -> None:
     """Say on standard error what a command that did its work could not do, or what somebody has to know."""
-    sys.stderr.write(f"batchctl: warning: {text}\n")
+    complain(f"warning: {text}")
+
+
+def complain(text: str) -> None:
+    """Say on standard error what is not as it should be, on one line."""
+    if sys.stderr is not None:
+        with suppress(OSError):
+            sys.stderr.write(f"batchctl: {' '.join(text.split())}\n")
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -180,6 +188,43 @@ def next_starts(starts: Sequence[NextStart], *, zone: tzinfo, json: bool) -> Non
         line(f"  schedule: {start.schedule or 'none'}")
         for answer in start.guards:
             line(f"  {answer.guard}: {answer.text}")
+
+
+def orphans(found: Sequence[Left], *, zone: tzinfo, json: bool) -> None:
+    """Print what earlier runs left alive, and what was ended of it."""
+    if json:
+        keys = ("run_id", "account", "step", "pid", "command")
+        document(
+            {
+                "orphans": [
+                    {
+                        "batch": left.batch,
+                        **{key: getattr(left.orphan, key) for key in keys},
+                        "since": left.since,
+                        "run_ended": left.orphan.run_ended,
+                        "killed": left.killed,
+                    }
+                    for left in found
+                ]
+            }
+        )
+        return
+    if not found:
+        line("No orphans.")
+        return
+    ends = {None: "alive", True: "ended", False: "could not be ended"}
+    rows = [
+        (
+            left.batch,
+            left.orphan.run_id + (" (ended)" if left.orphan.run_ended else " (died)"),
+            str(left.orphan.pid or "?"),
+            "?" if left.since is None else shown(left.since, zone),
+            ends[left.killed],
+            left.orphan.what,
+        )
+        for left in found
+    ]
+    table(("batch", "run", "pid", "since", "", "what"), rows)
 
 
 def grain_results(results: Sequence[GrainResult], *, json: bool, shown: bool) -> None:

@@ -25,15 +25,18 @@ MOST_DESCRIPTORS = 64
 """How many processes are waited for at a time: descriptors are few."""
 
 
-def with_descendants(pids: Collection[int]) -> set[Running]:
+def with_descendants(processes: Collection[tuple[int | None, int]]) -> set[Running]:
     """Return those processes that still run, what is in their sessions, and what is below them; never ourselves.
 
     A session is inherited or made, never joined: whatever is in a step's session, or in one that a descendant of the
     step made, descends from the step.
+
+    Args:
+        processes: Process ids, each with its start in kernel ticks.
     """
     ourselves = ancestors()
     everything = [process for process in running() if process.pid not in ourselves]
-    found = {process for process in everything if process.pid in pids}
+    found = {process for process in everything if (process.pid, process.start_ticks) in processes}
     while True:
         # The number 0 stands for every session that was made outside of a container.
         sessions = {process.session for process in found} - {0}

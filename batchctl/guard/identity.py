@@ -50,6 +50,12 @@ def start_ticks(pid: int) -> int:
     return int(fields[START_TICKS]) if fields else 0
 
 
+def started_seconds_ago(ticks: int) -> float:
+    """Turn a start in kernel ticks into how long ago it was, whatever the wall clock says."""
+    up = float(Path("/proc/uptime").read_text(encoding="ascii").split()[0])
+    return up - ticks / os.sysconf("SC_CLK_TCK")
+
+
 def identify(pid: int) -> ProcessIdentity:
     """Describe a process that is known to be running."""
     return ProcessIdentity(pid, start_ticks(pid), boot_id())
@@ -93,13 +99,13 @@ class Running(NamedTuple):
 
 def running() -> Iterator[Running]:
     """Go through the processes that /proc shows, zombies left out."""
-    for entry in os.scandir("/proc"):
-        if not entry.name.isdigit():
+    for name in os.listdir("/proc"):  # noqa: PTH208 - names are all that is wanted, of hundreds, often
+        if not name.isdigit():
             continue
-        fields = stat_fields(int(entry.name))
+        fields = stat_fields(int(name))
         if fields and fields[STATE] not in "ZX":
             numbers = (int(fields[place]) for place in (PARENT, PROCESS_GROUP, SESSION, START_TICKS))
-            yield Running(int(entry.name), *numbers)
+            yield Running(int(name), *numbers)
 
 
 def ancestors() -> set[int]:

@@ -61,7 +61,9 @@ class RunLocks:
     """
 
     def __init__(self, state_dir: Path, batch: str, run_id: str, process: ProcessIdentity, clock: Clock) -> None:
-        self._files = RunFiles(run_id, private_directory(batch_directory(state_dir, batch) / run_id))
+        self._files = RunFiles(run_id, batch_directory(state_dir, batch) / run_id)
+        self._new = not self._files.path.exists()
+        private_directory(self._files.path)
         self._clock = clock
         self._stepped = False
         self.unfinished = False
@@ -123,11 +125,16 @@ class RunLocks:
     def release(self) -> list[Orphan]:
         """End the run; return what it left running. Its directory goes if that is nothing."""
         try:
+            if not self._stepped:
+                # Nothing was started; what an earlier part of the run left is still for the next start to find.
+                if self._new:
+                    self._files.remove()
+                return []
             try:
                 left = self.leftovers()
             except ConfigurationError:
                 return []  # the directory stays, and a start that looks later can say it
-            if left and self._stepped and not self.unfinished:
+            if left and not self.unfinished:
                 # Without it, what is left is taken for the unfinished work of a run that died.
                 with suppress(OSError):
                     os.close(os.open(self._files.path / ENDED, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o600))

@@ -89,6 +89,19 @@ class LiveRun:
 
 
 @dataclass(frozen=True)
+class StoredRun:
+    """A run as it is recorded; without an outcome it is live."""
+
+    run_id: str
+    batch: str
+    host: str
+    hostname: str
+    outcome: str | None
+    finished_at: datetime | None
+    claimed_until: datetime
+
+
+@dataclass(frozen=True)
 class JobState:
     """What is remembered of a job at the moment of a claim, by the database's clock.
 
@@ -242,6 +255,29 @@ class Store:
     def request_stop(self, run_id: str, how: str) -> bool:
         """Ask a live run to end (stop, after_step, now) at its next heartbeat; return whether it was still live."""
         return bool(self.session.fetch("run.request_stop", run_id=run_id, how=how))
+
+    def run(self, run_id: str) -> StoredRun | None:
+        """Read a run, None if there is none of that id."""
+        row = self.session.fetch_one("run.one", run_id=run_id)
+        return row and StoredRun(*row)
+
+    def close(self, run: StoredRun, reason: str) -> bool:
+        """Close a run that is known to be dead as crashed; return whether it was still live.
+
+        Args:
+            run: The run.
+            reason: What is known of its end, in words.
+        """
+        session = self.session
+        with session.transaction():
+            session.fetch("run.bound")
+            # No start can claim the batch meanwhile, so what is closed is this run and no later one.
+            session.fetch("run.lock_job", job=run.batch)
+            live = self.live(run.batch)
+            if live is None or live.run_id != run.run_id:
+                return False
+            session.fetch("run.close_dead", batch=run.batch, host=run.host, reason=reason)
+            return True
 
     def estimate_seconds(self, job: str) -> float | None:
         """Return the median duration of the last ten successes, None before the first."""

@@ -462,6 +462,16 @@ def test_json_md_has_the_keys_of_the_commands_that_show(batchctl):
     assert {frozenset(guard) for guard in guards} == {frozenset(json_keys("guards"))}
 
 
+def test_json_md_has_the_keys_of_what_is_left(batchctl):
+    batchctl.configure(batch([("31", "sleep 300 & echo $! >agent")], 'min_gap = "0s"\ngrace = "1s"'))
+    batchctl("run-batch")
+    skipped = batchctl.json("run-batch", code=75)
+    assert {frozenset(each) for each in skipped["orphans"]} == {frozenset(json_keys("orphans of run-batch"))}
+    printed = batchctl.json("orphans", "--kill")
+    assert set(printed) == json_keys("orphans")
+    assert {frozenset(each) for each in printed["orphans"]} == {frozenset(json_keys("orphans of orphans"))}
+
+
 def test_json_md_has_the_keys_of_aggregate(batchctl):
     batchctl.configure(ROLLUP)
     with psycopg.connect(batchctl.url) as connection:

@@ -50,6 +50,10 @@ SELECT run_id, hostname, pid FROM dead;
 SELECT run_id, host, hostname, pid, pid_start_ticks, boot_id, started_at, claimed_until
 FROM {schema}.run WHERE batch = %(batch)s AND outcome IS NULL;
 
+-- name: one
+-- A run by its id.
+SELECT run_id, batch, host, hostname, outcome, finished_at, claimed_until FROM {schema}.run WHERE run_id = %(run_id)s;
+
 -- name: unfinished
 -- Processes that unfinished runs of this host wrote down.
 SELECT r.run_id, NULL AS account, NULL AS step, r.pid, r.pid_start_ticks, r.boot_id
