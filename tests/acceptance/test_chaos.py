@@ -42,6 +42,8 @@ ACCOUNTS, STEPS = ("a", "b"), ("31", "32", "33")
 FAULTS = ("kill batchctl", "kill a step", "kill the server", "stop batchctl")
 EXPECTED_CODES = {0, 1, 3, 69, 75, 128 + signal.SIGTERM}
 LONGEST_ROUND_SECONDS = 90
+ENOUGH_ROUNDS = 30
+"""From here on every fault has surely struck a live run, and every guard has refused a start."""
 
 STEP = """\
 import fcntl, os, sys, time
@@ -66,7 +68,7 @@ if not child and float(child_seconds):
     os.setsid()
     time.sleep(float(child_seconds))
     os._exit(0)
-time.sleep(float(seconds))
+time.sleep(float(seconds) * float(os.environ.get("SLOWER", 1)))
 if child:
     os.waitpid(child, 0)
 note("end", run_id, account, step, os.getpid(), time.monotonic_ns())
@@ -168,7 +170,7 @@ class Chaos:
         for host in self.hosts:
             host.configure(text)
 
-    def start(self, host: Command) -> Attempt:
+    def start(self, host: Command, **environment: str) -> Attempt:
         """Start a run-batch whatever the gap is."""
         process = subprocess.Popen(
             [*self.program, "--config", str(host.config), "run-batch", "--force-gap", "--json"],
@@ -177,7 +179,7 @@ class Chaos:
             stderr=subprocess.PIPE,
             text=True,
             cwd=host.directory,
-            env={"PATH": "/usr/bin:/bin", "HOME": str(host.directory)},
+            env={"PATH": "/usr/bin:/bin", "HOME": str(host.directory), **environment},
         )
         attempt = Attempt(host, process)
         self.attempts.append(attempt)
@@ -234,7 +236,9 @@ class Chaos:
     def play(self, faults: tuple[str, ...]) -> None:
         """Play one round: a run, what happens to it, and starts on both hosts until one goes through."""
         self.configure()
-        victim = self.start(self.random.choice(self.hosts))
+        # A step that outlives its batchctl has to do so until the next start has got to the guards.
+        slower = "3" if "kill batchctl" in faults else "1"
+        victim = self.start(self.random.choice(self.hosts), SLOWER=slower)
         restarts = []
         for fault in faults:
             time.sleep(self.random.uniform(0.1, 1.4))
@@ -368,9 +372,12 @@ def test_nothing_that_is_killed_makes_two_runs_a_lost_completion_or_a_blocked_jo
     with psycopg.connect(chaos.hosts[0].url) as connection:
         for setting in ("fsync", "synchronous_commit", "full_page_writes"):
             assert connection.execute(f"SHOW {setting}").fetchone() == ("on",)
-    play(chaos, request.config.getoption("chaos_rounds", 30))
+    rounds = request.config.getoption("chaos_rounds", 30)
+    play(chaos, rounds)
     print(f"hit: {dict(chaos.hits)}; came of it: {chaos.results()}")  # noqa: T201 - shown with a failure, or by -s
-    assert set(chaos.hits) == set(FAULTS)
+    if rounds >= ENOUGH_ROUNDS:
+        assert all(chaos.hits[fault] for fault in FAULTS)
+        assert {"success", "partial", "running", "running_elsewhere", "orphans"} <= chaos.results().keys()
     assert chaos.overlaps() == []
     assert chaos.losses() == []
     # Whichever host completed last, the gap holds on both.
