@@ -301,7 +301,7 @@ def test_under_nohup_the_end_of_the_terminal_ends_nothing(batchctl):
 class Terminal:
     """A command on a terminal of its own."""
 
-    def __init__(self, batchctl, *arguments):
+    def __init__(self, batchctl, *arguments, ignored=None):
         self.master, slave = pty.openpty()
         batchctl.environment = {"TERM": "xterm"}
         self.process = batchctl.start(
@@ -310,14 +310,19 @@ class Terminal:
             stdout=slave,
             stderr=slave,
             start_new_session=True,
-            # The terminal whose keys and end this session feels.
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+            preexec_fn=lambda: self._take(ignored),
         )
         os.close(slave)
         self.output = b""
         self._over = threading.Event()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
+
+    def _take(self, ignored):
+        """Make it the terminal whose keys and end the session feels."""
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+        if ignored:
+            signal.signal(ignored, signal.SIG_IGN)
 
     def _read(self):
         # What would block in a read would keep the terminal from being closed.
@@ -356,16 +361,32 @@ def test_two_terminals_at_once(batchctl):
     assert "success" in ended[winner][1]
 
 
-def test_ctrl_c_ends_the_run_and_its_step(batchctl):
+@pytest.mark.parametrize("how", ["Ctrl-C", "hang up"])
+def test_a_terminal_ends_the_run_and_its_step(batchctl, how):
     batchctl.configure(batch([("31", "echo $$ > step.pid; exec sleep 300"), ("32", "true")]))
     terminal = Terminal(batchctl, "run-batch")
     step = started(batchctl)
-    os.write(terminal.master, b"\x03")
+    if how == "Ctrl-C":
+        os.write(terminal.master, b"\x03")
+    else:
+        terminal.hang_up()
     code, shown = terminal.finish()
-    assert code == 128 + signal.SIGINT, shown
+    assert code == 128 + (signal.SIGINT if how == "Ctrl-C" else signal.SIGHUP), shown
     assert "Traceback" not in shown
+    assert "bug" not in batchctl.log
     assert gone(step)
     assert runs(batchctl.url) == [("stopped",)]
+
+
+def test_a_run_that_does_not_mind_goes_on_without_its_terminal(batchctl):
+    batchctl.configure(batch([("31", "echo $$ > step.pid; while ! test -e over; do sleep 0.05; done"), ("32", "true")]))
+    terminal = Terminal(batchctl, "run-batch", ignored=signal.SIGHUP)
+    started(batchctl)
+    terminal.hang_up()
+    (batchctl.directory / "over").touch()
+    assert terminal.finish()[0] == 0
+    assert "bug" not in batchctl.log
+    assert runs(batchctl.url) == [("success",)]
 
 
 # Clocks
