@@ -11,6 +11,7 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
+from batchctl.cli.terminal import harmless
 from batchctl.clock import SystemClock
 from batchctl.logs import elapsed
 
@@ -19,6 +20,22 @@ if TYPE_CHECKING:
     from batchctl.batch.result import StepResult
 
 STYLES = {"success": "green", "failed": "red", "timeout": "red", "stopped": "yellow", "not_run": "dim"}
+
+
+class _Live(Live):
+    """Goes on in silence when the terminal goes away, also in the thread that refreshes it."""
+
+    def start(self, refresh: bool = False) -> None:
+        with harmless():
+            super().start(refresh)
+
+    def refresh(self) -> None:
+        with harmless():
+            super().refresh()
+
+    def stop(self) -> None:
+        with harmless():
+            super().stop()
 
 
 class LiveRun:
@@ -40,7 +57,7 @@ class LiveRun:
             self._began.setdefault(key, self._clock.monotonic())
             self._spinners.setdefault(key, Spinner("dots"))
         if self._live is None:
-            self._live = Live(get_renderable=self._draw, console=Console(), refresh_per_second=4)
+            self._live = _Live(get_renderable=self._draw, console=Console(), refresh_per_second=4)
             self._live.start()
 
     def close(self) -> None:

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 
 def on_terminal() -> bool:
@@ -26,6 +30,15 @@ def write(text: str) -> None:
         if sys.stderr is not None:
             with suppress(OSError):
                 sys.stderr.write(f"batchctl: standard output cannot be written: {error.strerror}\n")
+
+
+@contextmanager
+def harmless() -> Iterator[None]:
+    """Draw in the block on a terminal that may be gone: what it is not shown changes nothing."""
+    try:
+        yield
+    except OSError:
+        _discard()
 
 
 def _discard() -> None:
