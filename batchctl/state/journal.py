@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import os
@@ -55,7 +56,7 @@ class Journal:
         try:
             private_directory(self.path.parent)
             with self._locked() as descriptor:
-                os.write(descriptor, line)
+                _append(descriptor, line)
                 os.fsync(descriptor)
         except OSError as error:
             raise ConfigurationError(f"{self.path} cannot be written: {error.strerror}") from error
@@ -117,7 +118,7 @@ class Journal:
     def _locked(self) -> Iterator[int]:
         """Hold the file that is the journal now; never for longer than a write or a rename takes."""
         while True:
-            descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o600)
+            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o600)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
                 # It may have been renamed while we waited.
@@ -145,3 +146,13 @@ class Journal:
             yield
         finally:
             os.close(descriptor)
+
+
+def _append(descriptor: int, line: bytes) -> None:
+    """Append a whole line or nothing: half of one, for want of room or after a crash, would spoil the next."""
+    size = os.fstat(descriptor).st_size
+    if size and os.pread(descriptor, 1, size - 1) != b"\n":
+        line = b"\n" + line
+    if os.write(descriptor, line) < len(line):
+        os.ftruncate(descriptor, size)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -21,6 +21,7 @@ from pathlib import Path
 from batchctl.batch import start
 from batchctl.batch.guards import Guards
 from batchctl.batch.plan import make_plan
+from batchctl.batch.resume import Work
 from batchctl.cli.session import Session
 from batchctl.errors import BatchctlError
 from batchctl.state import database, embedded, host, journal, store  # noqa: F401 - loaded before the fork
@@ -64,7 +65,7 @@ def take_away(removed: str) -> None:
                 queries["lock_job"] = "SELECT %(job)s::text"
                 for name, found, instead in (
                     ("claim", "ON CONFLICT (batch) WHERE outcome IS NULL DO NOTHING", ""),
-                    ("job", "FROM {schema}.state", f"FROM pg_sleep({WINDOW_SECONDS}), {{schema}}.state"),
+                    ("job", "FROM (SELECT) AS always", f"FROM pg_sleep({WINDOW_SECONDS})"),
                 ):
                     assert found in queries[name], queries[name]
                     queries[name] = queries[name].replace(found, instead)
@@ -85,9 +86,9 @@ def ready_session(config: Path) -> Session:
 def start_once(session: Session) -> dict:
     """Do what run-batch --force-gap does once its arguments and the configuration are read."""
     plan = make_plan(BATCH, session.configuration.batches[BATCH])
-    guards = Guards(session.configuration, plan, True, session.zone, session.clock, session.logger(BATCH))
+    guards = Guards(session.configuration, plan.job, True, session.zone, session.clock, session.logger(BATCH))
     try:
-        result = start.Start(guards, session.load_state, lambda _: None, dict(os.environ)).run()
+        result = start.Start(guards, Work(plan), session.load_state, lambda _: None, dict(os.environ)).run()
     except BatchctlError as error:
         return {"outcome": "error", "reason": str(error), "holder": None}
     return {
