@@ -360,15 +360,13 @@ def refuse_pidfd(monkeypatch):
 def test_first_politely_then_hard(tmp_path, monkeypatch, pidfd):
     if not pidfd:
         refuse_pidfd(monkeypatch)
-    polite = subprocess.Popen(["sh", "-c", "trap 'echo bye >polite; exit 0' TERM; sleep 60 & echo >ready1; wait"],
-                              cwd=tmp_path)  # fmt: skip
+    line = "trap 'echo bye >polite; exit 0' TERM; echo >ready1; while :; do sleep 0.1; done"
+    polite = subprocess.Popen(["sh", "-c", line], cwd=tmp_path)
     stubborn = subprocess.Popen(["sh", "-c", "trap '' TERM; echo >ready2; while :; do sleep 1; done"], cwd=tmp_path)
     wait_for(lambda: (tmp_path / "ready1").exists() and (tmp_path / "ready2").exists())
-    # Both are in the session of the tests, which must survive; so only they and what is below them. With its child the
-    # shell waits for nothing, wherever the signal finds it.
-    everything = {process for process in running() if process.pid in (polite.pid, stubborn.pid)}
-    everything |= {process for process in running() if process.parent in (polite.pid, stubborn.pid)}
-    left = end_processes(lambda: everything, 1.0, CLOCK)
+    # Both are in the session of the tests, which must survive: only they are meant.
+    shells = {running_pid(each.pid) for each in (polite, stubborn)}
+    left = end_processes(lambda: shells, 3.0, CLOCK)
     assert left == set()
     assert (tmp_path / "polite").read_text() == "bye\n"
     assert polite.wait() == 0
