@@ -193,7 +193,7 @@ def next_starts(starts: Sequence[NextStart], *, zone: tzinfo, json: bool) -> Non
 def orphans(found: Sequence[Left], *, zone: tzinfo, json: bool) -> None:
     """Print what earlier runs left alive, and what was ended of it."""
     if json:
-        keys = ("run_id", "account", "step", "pid", "command")
+        keys = ("run_id", "account", "step", "pid", "command", "user")
         document(
             {
                 "orphans": [
@@ -218,13 +218,14 @@ def orphans(found: Sequence[Left], *, zone: tzinfo, json: bool) -> None:
             left.batch,
             left.orphan.run_id + (" (ended)" if left.orphan.run_ended else " (died)"),
             str(left.orphan.pid or "?"),
+            left.orphan.user or "?",
             "?" if left.since is None else shown(left.since, zone),
             ends[left.killed],
             left.orphan.what,
         )
         for left in found
     ]
-    table(("batch", "run", "pid", "since", "", "what"), rows)
+    table(("batch", "run", "pid", "user", "since", "", "what"), rows)
 
 
 def grain_results(results: Sequence[GrainResult], *, json: bool, shown: bool) -> None:

@@ -74,7 +74,8 @@ def end_processes(
     give_up = clock.monotonic() + grace
     _signal(look(), signal.SIGTERM, group)
     # Only once: what a process does in its grace, such as to start a command that cleans up, is its own business.
-    while (left := look()) and clock.monotonic() < give_up and not hurried():
+    # All processes are looked through only when those that are known have gone: a grace may last for hours.
+    while clock.monotonic() < give_up and not hurried() and (left := {each for each in found if _runs(each)} or look()):
         wait_gone(left, min(LOOK_SECONDS, give_up - clock.monotonic()), clock)
     give_up = clock.monotonic() + KILLED_SECONDS
     while (left := look()) and clock.monotonic() < give_up:

@@ -119,8 +119,21 @@ def ancestors() -> set[int]:
     return found
 
 
-def name_of(pid: int) -> str | None:
-    """Return the name of a process's program, never its arguments, which may hold a secret; None if it is hidden."""
-    with suppress(OSError):
-        return Path(f"/proc/{pid}/comm").read_text(encoding="utf-8", errors="replace").rstrip("\n")
-    return None
+class Shown(NamedTuple):
+    """What people recognise a process by."""
+
+    command: str | None
+    user: str | None
+
+
+def describe(pid: int) -> Shown:
+    """Name a process's program and user, None for what is hidden; never its arguments, which may hold a secret."""
+    import psutil  # noqa: PLC0415 - its import costs, and most starts find nothing to name
+
+    command = user = None
+    with suppress(psutil.Error, OSError):
+        process = psutil.Process(pid)
+        # The user first: an end that comes in between is noticed by the name.
+        user = process.username()
+        command = process.name()
+    return Shown(command, user)

