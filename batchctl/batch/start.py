@@ -138,16 +138,16 @@ class Start:
         )
 
     def _record_skip(self, store: Store, state: State, skip: Skip) -> None:
+        values = self._skip_values(skip)
         try:
-            store.record_skip(self.guards.job, skip.reason, skip.message)
+            store.write("skip", {**values, "at": None})
         except BatchctlError:
             # Decided is decided, also if the database goes away just then.
             with suppress(BatchctlError):
-                state.journal.append("skip", self._skip_values(skip))
+                state.journal.append("skip", values)
 
     def _record_late(self, skip: Skip) -> None:
         """Record a skip that the lock decided, without waiting for a slow or dead database."""
-        # With its own time, so that a record that is given up and yet arrives is not made twice.
         values = self._skip_values(skip)
 
         def record() -> None:
@@ -163,8 +163,9 @@ class Start:
                 state.journal.append("skip", values)
 
     def _skip_values(self, skip: Skip) -> dict[str, Any]:
-        at = self.guards.clock.now().isoformat()
-        return {"job": self.guards.job, "reason": skip.reason, "detail": skip.message, "at": at}
+        # With its token a record that is given up and yet arrives is not made twice.
+        own = {"at": self.guards.clock.now().isoformat(), "token": secrets.token_hex(8)}
+        return {"job": self.guards.job, "reason": skip.reason, "detail": skip.message, **own}
 
 
 def new_run_id(now: datetime) -> str:

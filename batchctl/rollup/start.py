@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import socket
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
@@ -185,7 +186,7 @@ class Aggregate:
             # A skip is never an error: what cannot even be journaled is in the log.
             with suppress(BatchctlError):
                 for skip in self._skips:
-                    self.journal().append("skip", {**skip._asdict(), "at": at})
+                    self.journal().append("skip", {**skip._asdict(), "at": at, "token": secrets.token_hex(8)})
 
     def _record_apart(self) -> None:
         with self.connect(limit=SKIP_LIMIT_SECONDS, start_server=False) as store:
@@ -193,7 +194,7 @@ class Aggregate:
 
     def _record_in(self, store: Store) -> None:
         for skip in self._skips:
-            store.record_skip(*skip, series=True)
+            store.record_in_series(*skip)
 
 
 def exit_code(results: Sequence[GrainResult], skip_exit_code: int, *, misconfigured: bool = False) -> int:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from batchctl.state.journal import Journal
 
 CRASHED = "batchctl died before it could record an end"
-UNKNOWN: Mapping[str, Any] = {"at": None, "resumed": 0, "duration": None, "config_hash": None}
+UNKNOWN: Mapping[str, Any] = {"at": None, "resumed": 0, "duration": None, "config_hash": None, "token": None}
 """What records need not say, and those that an earlier version left in a journal do not."""
 
 
@@ -284,19 +284,15 @@ class Store:
         seconds: float | None = self.session.fetch_one("run.estimate", job=job).seconds
         return seconds
 
-    def record_skip(self, job: str, reason: str, detail: str, *, series: bool = False) -> None:
-        """Record a start that was refused.
+    def record_in_series(self, job: str, reason: str, detail: str) -> None:
+        """Record a start that was refused; count it into the last row if that has the same reason and nothing started.
 
         Args:
             job: The job.
             reason: A skip reason, one word.
             detail: The same in words.
-            series: Count it into the last row if that has the same reason and nothing started since.
         """
-        if series:
-            self.session.fetch("run.skip_in_series", job=job, reason=reason, detail=detail)
-        else:
-            self.write("skip", {"job": job, "reason": reason, "detail": detail})
+        self.session.fetch("run.skip_in_series", job=job, reason=reason, detail=detail)
 
     def write(self, name: str, values: Mapping[str, Any]) -> Any:
         """Execute a record: run_started, step_started, step_finished, run_finished, skip; each may be repeated.

@@ -212,16 +212,23 @@ class Chaos:
         thread.start()
         return thread
 
+    def first_steps(self, victim: Attempt) -> list[int]:
+        """Wait until a step lives or the run is over."""
+        deadline = time.monotonic() + 5
+        while not (steps := self.alive()) and victim.process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return steps
+
     def strike(self, fault: str, victim: Attempt) -> threading.Thread | None:
         """Do one of the things that must do no harm."""
         # What strikes a run that has ended already shows little.
         self.hits[fault] += victim.process.poll() is None
         if fault == "kill the server":
             return self.kill_server()
+        # Half of the time batchctl is killed while a step runs for sure, so that there are orphans to be found.
+        awaited = fault == "kill a step" or (fault == "kill batchctl" and self.random.random() < 1 / 2)
+        steps = self.first_steps(victim) if awaited else []
         if fault == "kill a step":
-            deadline = time.monotonic() + 5
-            while not (steps := self.alive()) and victim.process.poll() is None and time.monotonic() < deadline:
-                time.sleep(0.01)
             if steps:
                 with suppress(ProcessLookupError):
                     os.kill(self.random.choice(steps), signal.SIGKILL)

@@ -114,6 +114,8 @@ def killed_run(batchctl):
     batchctl.configure(steps(ENDLESS))
     process = batchctl.start("run-batch", "--json")
     pid = int(content(batchctl.directory / "step.pid"))
+    with psycopg.connect(batchctl.url) as connection:
+        wait_for(lambda: connection.execute("SELECT FROM batchctl.step_run").fetchone() is not None)
     process.kill()
     try:
         yield ended(process)

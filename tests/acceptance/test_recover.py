@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import json
 import os
 import shutil
@@ -55,7 +56,7 @@ def test_orphans_lists_and_kills_and_recover_closes(batchctl, died):
     assert orphan.pop("since")
     assert orphan == {
         "batch": "daily", "run_id": run_id, "account": "default", "step": "31", "pid": pid, "command": "sleep",
-        "run_ended": False, "killed": None,
+        "run_ended": False, "killed": None, "user": getpass.getuser(),
     }  # fmt: skip
     assert f"{pid}" in batchctl("orphans").stdout
     assert not gone(pid), "looking must not kill"

@@ -26,7 +26,8 @@ from batchctl.guard.liveness import RUN_MARKER, Recorded, find_orphans, forget_r
 from batchctl.guard.run_files import held, known_runs
 from batchctl.guard.run_locks import RunLocks
 
-RUN = "20240101T010000Z-abcdef"
+# Tests that run side by side must not take each other's processes for theirs.
+RUN = f"20240101T010000Z-{os.getpid():06x}"
 CLOCK = SystemClock()
 MARKED = {RUN_MARKER: RUN, "BATCHCTL_ACCOUNT": "default", "BATCHCTL_STEP": "31", "PATH": "/usr/bin:/bin"}
 

@@ -215,10 +215,13 @@ WITH ended AS (
 SELECT finished_at FROM ended;
 
 -- name: skip
--- Record a start that a guard refused; a skip that had to wait in the journal comes with its own time, once.
-INSERT INTO {schema}.skip (job, reason, detail, at, last_at)
-SELECT %(job)s, %(reason)s, %(detail)s, at, at FROM (SELECT coalesce(%(at)s::timestamptz, clock_timestamp()) AS at) AS t
-WHERE NOT EXISTS (SELECT FROM {schema}.skip WHERE job = %(job)s AND last_at = t.at);
+-- Record a start that a guard refused, once; a skip that had to wait in the journal comes with its own time.
+INSERT INTO {schema}.skip (job, reason, detail, at, last_at, token)
+SELECT %(job)s, %(reason)s, %(detail)s, at, at, %(token)s
+FROM (SELECT coalesce(%(at)s::timestamptz, clock_timestamp()) AS at) AS t
+-- Only what an earlier version left in a journal has no token.
+WHERE %(token)s::text IS NOT NULL OR NOT EXISTS (SELECT FROM {schema}.skip WHERE job = %(job)s AND last_at = t.at)
+ON CONFLICT (token) DO NOTHING;
 
 -- name: skip_in_series
 -- The same for a job that is skipped every minute: one row for a series of equal reasons without a start in between.
