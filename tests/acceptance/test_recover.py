@@ -102,7 +102,7 @@ def test_a_stubborn_tree_is_ended_hard_and_a_polite_one_is_asked(batchctl, died)
         "(setsid env -i sh -c 'trap \"\" TERM; echo $$ >away; while :; do sleep 0.1; done' &);"
         "echo $$ >step.pid; while :; do sleep 0.1; done"
     )
-    batchctl.configure(batch([("31", line)], 'grace = "1s"'))
+    batchctl.configure(batch([("31", line)], 'grace = "3s"'))
     _, pid = died()
     away = int(wait_for((batchctl.directory / "away").read_text))
     ended = batchctl.json("orphans", "--kill")["orphans"]
