@@ -97,13 +97,15 @@ class Child:
         self.pid = self._popen.pid
         self.start_ticks = start_ticks(self.pid)
         self._exited = False
+        self.failed = False
         # One blocked thread costs nothing while the command runs, and works on every kernel.
         threading.Thread(target=self._watch, daemon=True, name=f"wait {self.pid}").start()
 
     def _watch(self) -> None:
         # The process stays a zombie until `reap`, so nothing else can get its number while we may signal it.
         with suppress(ChildProcessError):
-            os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
+            ended = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
+            self.failed = ended is not None and (ended.si_code, ended.si_status) != (os.CLD_EXITED, 0)
         with self._interruption.condition:
             self._exited = True
             self._interruption.condition.notify_all()
@@ -190,6 +192,9 @@ def run_child(
         raise
     seconds, what = min(timeouts)
     if child.wait(began + seconds, clock):
+        if child.failed:
+            # What a failed attempt left is nothing that it meant to leave, and must not run beside the next attempt.
+            child.end(grace, clock)
         return interpret(child.reap(), None)
     if interruption.count:
         ended_by, reason = "stopped", interruption.reason

@@ -265,7 +265,7 @@ class Runner:
             return
         if not left:
             return
-        if ending.outcome in ("timeout", "stopped"):
+        if ending.outcome != "success":
             locks.unfinished = True
             self._log.error(
                 "Step %s of account %s: these could not be ended: %s", step.step, step.account, listed(left)

@@ -62,6 +62,23 @@ def test_a_timeout_and_a_stop_reach_what_left_the_session(embedded_batchctl, pid
     assert list((batchctl.directory / "state" / "run" / "daily").iterdir()) == []
 
 
+def test_what_a_failed_attempt_left_is_ended_before_the_next_step(embedded_batchctl, pids):
+    batchctl = embedded_batchctl
+    pids += ["daemon", "detached"]
+    looks = (
+        "for name in daemon detached; do grep -q 'State:.[^ZX]' /proc/$(cat $name)/status && touch beside; done; true"
+    )
+    batchctl.configure(batch([("31", f"{HIDING}; {DETACHED}; sleep 1; exit 3"), ("32", looks)], 'grace = "2s"'))
+    result = batchctl.json("run-batch", code=3)
+    assert [step["outcome"] for step in result["steps"]] == ["failed", "success"]
+    assert result["steps"][0]["exit_code"] == 3
+    assert gone(read_pid(batchctl, "daemon"))
+    assert gone(read_pid(batchctl, "detached"))
+    assert (batchctl.directory / "asked").exists(), "it was asked before it was killed"
+    assert not (batchctl.directory / "beside").exists()
+    assert batchctl.json("orphans")["orphans"] == []
+
+
 def test_what_a_successful_step_leaves_is_named_when_it_ends(embedded_batchctl, pids):
     batchctl = embedded_batchctl
     pids += ["daemon", "detached"]
