@@ -32,6 +32,7 @@ class Heartbeat:
         recorder: Reaches the database.
         interruption: Asked to end the run when its claim is lost, or when another host asks for it.
         lease: None if the run goes on without the database; else it ends itself before this is over.
+        since: When the lease began, by the monotonic clock.
         grace: What the steps are given to end; part of the lease.
         looks: What is to be done each time.
     """
@@ -42,6 +43,7 @@ class Heartbeat:
         interruption: Interruption,
         *,
         lease: timedelta | None,
+        since: float,
         grace: timedelta,
         clock: Clock,
         log: logging.Logger,
@@ -55,7 +57,7 @@ class Heartbeat:
         self._log = log
         self._looks = (*looks, interruption.look)
         self._over = threading.Event()
-        self._heard_at = clock.monotonic()
+        self._heard_at = since
         self._next_beat = self._heard_at + BEAT_SECONDS
         self._thread = threading.Thread(target=self._run, daemon=True, name="heartbeat")
 

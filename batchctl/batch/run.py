@@ -102,6 +102,7 @@ class Run:
                 recorder,
                 self.interruption,
                 lease=guards.lease,
+                since=claimed.began,
                 grace=guards.batch.grace,
                 clock=clock,
                 log=log,

@@ -19,6 +19,8 @@ from support import batch
 STARTS = 64
 CONTROL_STARTS, CONTROL_ROUNDS = 16, 3
 
+pytestmark = pytest.mark.crowd
+
 
 @pytest.fixture
 def hosts(batchctl):
