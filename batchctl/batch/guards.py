@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from batchctl.batch.heartbeat import LEASE
 from batchctl.batch.result import HolderShown
 from batchctl.config import Duration
+from batchctl.errors import DatabaseUnavailableError, UsageError
 from batchctl.guard.gap import Refusal, earliest_start, gap_rule, job_hours, refused
 from batchctl.guard.identity import ProcessIdentity
 from batchctl.guard.liveness import Orphan, Recorded, find_orphans, forget_runs, listed
@@ -19,7 +20,7 @@ from batchctl.schedule.cron import inside_hours, next_inside_hours
 
 if TYPE_CHECKING:
     import logging
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from contextlib import AbstractContextManager
 
     from batchctl.batch.interruption import Interruption
@@ -122,20 +123,30 @@ class Guards:
 
     def alive(self, store: Store, host: Host) -> Skip | None:
         state_dir, batch = self.configuration.state_dir, self.name
-        orphans = tuple(find_orphans(state_dir, batch, recorded_processes(store, batch, host.host_id)))
+        orphans = find_orphans(state_dir, batch, recorded_processes(store, batch, host.host_id))
         forget_runs(state_dir, batch, {orphan.run_id for orphan in orphans})
+        skip = self._left(orphans)
+        if skip is not None:
+            live = store.live(batch)
+            if live is not None and any(orphan.supervisor and orphan.run_id == live.run_id for orphan in orphans):
+                # Somebody removed the lock file under the holder.
+                return self._in_progress("running", _shown_holder(live))
+        return skip
+
+    def alive_by_locks_and_marks(self) -> Skip | None:
+        """Ask the same without the database, which knows a few processes more."""
+        return self._left(find_orphans(self.configuration.state_dir, self.name, ()))
+
+    def _left(self, orphans: Sequence[Orphan]) -> Skip | None:
         # What a run left that ended by itself was left on purpose; what a dead run left is its unfinished work.
         kept = [orphan for orphan in orphans if orphan.run_ended]
         if kept and self.batch.leftovers == "ignore":
             self.log.warning("An earlier run left processes alive, ignored as configured: %s", listed(kept))
-            orphans = tuple(orphan for orphan in orphans if not orphan.run_ended)
+            orphans = [orphan for orphan in orphans if not orphan.run_ended]
         if not orphans:
             return None
-        live = store.live(batch)
-        if live is not None and any(orphan.supervisor and orphan.run_id == live.run_id for orphan in orphans):
-            # Somebody removed the lock file under the holder.
-            return self._in_progress("running", _shown_holder(live))
-        return Skip("orphans", f"An earlier run left processes alive: {listed(orphans)}. Skipped.", orphans=orphans)
+        message = f"An earlier run left processes alive: {listed(orphans)}. Skipped."
+        return Skip("orphans", message, orphans=tuple(orphans))
 
     def claim(
         self,
@@ -170,6 +181,12 @@ class Guards:
             self.log.warning("Run %s died without an end; it is closed as crashed", crashed)
         for job in claim.corrected:
             self.log.warning("%s last ran in the future: the database's clock was set back; taken as now", job)
+        if claim.run is None and claim.live is None and claim.refusal is None:
+            if work.run_id is not None:
+                raise UsageError(
+                    f"run {run_id} was continued meanwhile, and has ended again; `batchctl history` shows it"
+                )
+            raise DatabaseUnavailableError("the claim was neither granted nor refused; try again")
         if claim.live is not None:
             return self._in_progress("running_elsewhere", _shown_holder(claim.live), " on another host")
         refusal: Skip | None = claim.refusal
@@ -180,12 +197,19 @@ class Guards:
 
         Without the database nothing starts in any case; this gives the reason that will still hold when it is back.
         """
-        ends = [entry.values for entry in journal.entries() if entry.name == "run_finished"]
-        ends = [values for values in ends if self.job in values["jobs"]]
-        if not ends or self.force_gap:
+        of_job = [entry for entry in journal.entries() if self.job in entry.values.get("jobs", ())]
+        completed = [entry.values["at"] for entry in of_job if entry.name == "run_finished"]
+        started = [entry.values["started_at"] for entry in of_job if entry.values.get("started_at")]
+        if self.force_gap:
             return None
-        completed = max(datetime.fromisoformat(values["at"]) for values in ends)
-        return self._too_early(self.refusal(completed, None, None), self.clock.now())
+        refusal = earliest_start(
+            gap_rule(self.batch, self.group, self.zone),
+            last_completed_at=datetime.fromisoformat(max(completed)) if completed else None,
+            last_started_at=datetime.fromisoformat(max(started)) if started else None,
+            # What the database would add to the gap is not known; it holds at least that long.
+            estimate=timedelta(0),
+        )
+        return self._too_early(refusal, self.clock.now())
 
     def _decide(self, job: JobState, *, resumed: bool = False) -> Skip | None:
         """Say what forbids a start at the database's time."""

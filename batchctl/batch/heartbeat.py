@@ -71,12 +71,20 @@ class Heartbeat:
 
     def _run(self) -> None:
         while not self._over.wait(LOOK_SECONDS):
-            for look in self._looks:
-                look()
-            if self._clock.monotonic() >= self._next_beat:
-                self._beat()
-            if self._tolerated is not None and self._clock.monotonic() - self._heard_at > self._tolerated:
-                self._end('the database was lost for too long: on_lost_database = "stop"')
+            # Whatever goes wrong in one of them, a disk or a thread that cannot be made, the lease goes on running.
+            for task in (self._beat_if_due, self._check_lease, *self._looks):
+                try:
+                    task()
+                except Exception as error:  # noqa: BLE001 - the next round tries again
+                    self._log.error("In the background of the run: %s: %s", type(error).__name__, error)
+
+    def _beat_if_due(self) -> None:
+        if self._clock.monotonic() >= self._next_beat:
+            self._beat()
+
+    def _check_lease(self) -> None:
+        if self._tolerated is not None and self._clock.monotonic() - self._heard_at > self._tolerated:
+            self._end('the database was lost for too long: on_lost_database = "stop"')
 
     def _beat(self) -> None:
         began = self._clock.monotonic()
@@ -98,7 +106,12 @@ class Heartbeat:
 
     def _ask(self, how: Stop) -> None:
         interruption = self._interruption
-        if (interruption.asked and how is not Stop.NOW) or interruption.count > 1:
+        asked = {
+            Stop.AFTER_STEP: interruption.asked,
+            Stop.STOP: interruption.count > 0,
+            Stop.NOW: interruption.count > 1,
+        }
+        if asked[how]:
             return
         self._log.warning("Another host asks this run to end (%s)", how.value.replace("_", " "))
         interruption.request(how, ASKED)

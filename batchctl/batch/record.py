@@ -6,7 +6,7 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 from batchctl.errors import BatchctlError, DatabaseUnavailableError
-from batchctl.state.within import within
+from batchctl.state.within import GivenUpError, within
 
 if TYPE_CHECKING:
     import logging
@@ -52,6 +52,7 @@ class Recorder:
         self._guard = threading.Lock()
         self._away = False
         self._journaled = False
+        self._hanging: threading.Thread | None = None
 
     def write(self, name: str, values: Mapping[str, Any], *, last: bool = False) -> Any:
         """Record something now, or in the journal if the database is away; return the record's row if it has one.
@@ -62,11 +63,13 @@ class Recorder:
             last: Try to reach the database even if it was away.
         """
         at = self._now()
-        values = {"run_id": self._run["run_id"], "resumed": self._run["resumed"], **values}
+        # The end of a run says all of it, so that it can be recorded where the claim was lost.
+        known = self._run if name == "run_finished" else {key: self._run[key] for key in ("run_id", "resumed")}
+        values = {**known, **values}
         with self._guard:
             if last or not self._away:
                 try:
-                    row = within(WRITE_LIMIT_SECONDS, lambda: self._write(name, values))
+                    row = self._ask(lambda: self._write(name, values))
                 except DatabaseUnavailableError as error:
                     self._away = True
                     self._log.warning("%s; going on, %s is kept in the journal", error, name.replace("_", " "))
@@ -89,14 +92,31 @@ class Recorder:
         """
 
         def beat() -> Any:
-            with self._connect(limit=WRITE_LIMIT_SECONDS, known=True) as store:
-                return store.heartbeat(self._run, lease)
+            with self._connect(limit=WRITE_LIMIT_SECONDS, known=True, replay=False) as store:
+                heard = store.heartbeat(self._run, lease)
+                # Whatever becomes of the journal, the run is alive.
+                try:
+                    self._journal.replay(store.write)
+                except BatchctlError as error:
+                    self._log.warning("The journal waits: %s", error)
+                return heard
 
-        heard = within(WRITE_LIMIT_SECONDS, beat)
+        heard = self._ask(beat)
         if self._away:
-            self._log.info("The database is back; the journal has been recorded")
+            self._log.info("The database is back")
         self._away = False
         return heard
+
+    def _ask(self, action: Callable[[], Any]) -> Any:
+        """Do something with the database, unless an earlier attempt still hangs: connections are dear where it does."""
+        if self._hanging is not None and self._hanging.is_alive():
+            raise DatabaseUnavailableError("the database has not answered for a while")
+        self._hanging = None
+        try:
+            return within(WRITE_LIMIT_SECONDS, action)
+        except GivenUpError as error:
+            self._hanging = error.thread
+            raise
 
     def _write(self, name: str, values: Mapping[str, Any]) -> Any:
         with self._connect(limit=WRITE_LIMIT_SECONDS, patience=PATIENCE_SECONDS, known=True) as store:

@@ -16,7 +16,7 @@ from batchctl.logs import elapsed, shown
 from batchctl.state.within import within
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     from batchctl.batch.guards import Guards, State
     from batchctl.batch.interruption import Interruption
@@ -37,6 +37,7 @@ class Claimed:
         run: The claim, as values of the record `run_started`.
         at: When it was made, by the database's clock.
         began: The same by the monotonic clock.
+        asked: When it was asked for, by that clock: not later than the database counts from.
         locks: What says that the run lives, and what its steps inherit.
     """
 
@@ -44,6 +45,7 @@ class Claimed:
     run: Mapping[str, Any]
     at: datetime
     began: float
+    asked: float
     locks: RunLocks
 
     @property
@@ -87,6 +89,7 @@ class Run:
         recorder = Recorder(claimed.run, self.state.connect, self.state.journal, lambda: claimed.now(guards.clock), log)
         outcome: str = "failed"
         reason: str | None = None
+        steps: tuple[StepResult, ...] = ()
         try:
             self._announce()
             runner = Runner(
@@ -102,7 +105,7 @@ class Run:
                 recorder,
                 self.interruption,
                 lease=guards.lease,
-                since=claimed.began,
+                since=claimed.asked,
                 grace=guards.batch.grace,
                 clock=clock,
                 log=log,
@@ -117,7 +120,7 @@ class Run:
             # Whatever happened, a claim never outlives its run.
             duration = clock.monotonic() - claimed.began
             ended = {"outcome": outcome, "reason": reason, "duration": timedelta(seconds=duration)}
-            row = recorder.write("run_finished", {**ended, "jobs": claimed.run["jobs"]}, last=True)
+            row = recorder.write("run_finished", {**ended, "jobs": self._completed(steps)}, last=True)
             self._name_leftovers()
             level = log.info if outcome == "success" else log.error
             level("Run finished: %s in %s", outcome, elapsed(duration))
@@ -137,6 +140,11 @@ class Run:
             message=f"Run finished: {outcome} in {elapsed(duration)}",
             signal=self.interruption.signal,
         )
+
+    def _completed(self, steps: Iterable[StepResult]) -> list[str]:
+        """Name the jobs for which this completion counts: a group of which nothing has run has not taken part."""
+        ran = {f"{self.guards.name}/{step.group}" for step in steps if step.outcome != "not_run"}
+        return [job for job in self.claimed.run["jobs"] if job == self.guards.name or job in ran]
 
     def _announce(self) -> None:
         guards, work = self.guards, self.claimed.work

@@ -163,7 +163,7 @@ class Runner:
                 *(step.step, step.account, tried, step.retries + 1, _in_words(ending), delay),
             )
             again_at = self._clock.monotonic() + delay
-            self._interruption.wait(delay, lambda: self._clock.monotonic() >= again_at)  # noqa: B023 - waited for here
+            self._interruption.wait(delay, lambda: self._stopped_by_policy or self._clock.monotonic() >= again_at)  # noqa: B023 - waited for here
         if ending is not None:
             self._conclude(step, ending)
 
@@ -176,6 +176,8 @@ class Runner:
         level("Step %s of account %s: %s; output in %s", step.step, step.account, _in_words(ending), result.log)
         if ending.outcome != "stopped" and self._setting.batch.on_failure == "stop":
             self._stopped_by_policy = True
+            # Other accounts may be waiting for a retry.
+            self._interruption.look()
 
     def _attempt(self, step: PlannedStep, attempt: int) -> Ending:
         setting = self._setting

@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
 PATIENCE_SECONDS = 4.0
 """How long a start that comes once a day waits for a database that restarts just then."""
+CLAIM_LIMIT_SECONDS = 45.0
+"""How long a start waits for a database that has taken the connection, whatever it does then."""
+WITHDRAWN = "the database granted the claim, but its answer was lost; nothing was started"
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,7 @@ class Start:
         load_state: Loads the database driver and names the database.
         watch: Told of each change of a step.
         environment: What the steps inherit.
+        interruption: The wish to end the run early.
     """
 
     guards: Guards
@@ -50,6 +54,7 @@ class Start:
     load_state: Callable[[], State]
     watch: Callable[[StepResult], None]
     environment: Mapping[str, str]
+    interruption: Interruption
 
     def run(self) -> RunResult:
         """Run the batch if every guard allows it, else say which does not and until when.
@@ -72,27 +77,33 @@ class Start:
 
     def _guarded(self, process: ProcessIdentity) -> RunResult:
         state = self.load_state()
-        with _handled_signals() as interruption:
-            try:
-                with state.connect(patience=PATIENCE_SECONDS) as store:
-                    claimed = self._claim(store, state, process, interruption)
-                    if isinstance(claimed, Skip) and claimed is not INTERRUPTED:
-                        self._record_skip(store, state, claimed)
-            except DatabaseUnavailableError:
-                journaled = self._journaled(state)
-                if journaled is None:
-                    raise
-                claimed = journaled
-            if claimed is INTERRUPTED:
-                return self._result("stopped", message=INTERRUPTED.message, signal=interruption.signal)
-            if isinstance(claimed, Skip):
-                return self._skipped(claimed)
-            # The session has ended: none stays open while a step runs.
-            guards = replace(self.guards, job=claimed.work.plan.job)
-            return Run(guards, state, claimed, interruption, self.watch, self.environment).run()
+        asking: list[tuple[str, int]] = []
+
+        def ask() -> Skip | Claimed:
+            with state.connect(patience=PATIENCE_SECONDS) as store:
+                claimed = self._claim(store, state, process, asking)
+                if isinstance(claimed, Skip) and claimed is not INTERRUPTED:
+                    self._record_skip(store, state, claimed)
+                return claimed
+
+        try:
+            claimed = within(CLAIM_LIMIT_SECONDS, ask)
+        except DatabaseUnavailableError:
+            self._withdraw(state, asking)
+            without = self._without_database(state)
+            if without is None:
+                raise
+            claimed = without
+        if claimed is INTERRUPTED:
+            return self._result("stopped", message=INTERRUPTED.message, signal=self.interruption.signal)
+        if isinstance(claimed, Skip):
+            return self._skipped(claimed)
+        # The session has ended: none stays open while a step runs.
+        guards = replace(self.guards, job=claimed.work.plan.job)
+        return Run(guards, state, claimed, self.interruption, self.watch, self.environment).run()
 
     def _claim(
-        self, store: Store, state: State, process: ProcessIdentity, interruption: Interruption
+        self, store: Store, state: State, process: ProcessIdentity, asking: list[tuple[str, int]]
     ) -> Skip | Claimed:
         guards = self.guards
         skip = guards.alive(store, state.host)
@@ -103,9 +114,12 @@ class Start:
         # Made before the claim, so that what a full disk prevents is not claimed.
         locks = RunLocks(guards.configuration.state_dir, guards.name, run_id, process, guards.clock)
         claim = None
+        # What comes behind the question may get lost, also when the answer was yes.
+        asking.append((run_id, 0 if work.resumed is None else work.resumed + 1))
+        asked = guards.clock.monotonic()
         try:
             claim = replace(guards, job=work.plan.job).claim(
-                store, state, work, run_id=run_id, process=process, interruption=interruption
+                store, state, work, run_id=run_id, process=process, interruption=self.interruption
             )
         finally:
             if claim is None or isinstance(claim, Skip):
@@ -113,11 +127,19 @@ class Start:
         if isinstance(claim, Skip):
             return claim
         assert claim.run is not None  # noqa: S101 - neither a live run nor a refusal leaves only this
-        return Claimed(work, claim.run, claim.now, guards.clock.monotonic(), locks)
+        return Claimed(work, claim.run, claim.now, guards.clock.monotonic(), asked, locks)
 
-    def _journaled(self, state: State) -> Skip | None:
-        """Find in the journal why there would be no start with the database either."""
-        skip = self.guards.journaled(state.journal) if isinstance(self.work, Work) else None
+    def _withdraw(self, state: State, asking: list[tuple[str, int]]) -> None:
+        """Take back a claim that the database may have granted without our hearing of it; nothing was started."""
+        for run_id, resumed in asking:
+            with suppress(BatchctlError):
+                state.journal.append("withdraw", {"run_id": run_id, "resumed": resumed, "reason": WITHDRAWN})
+
+    def _without_database(self, state: State) -> Skip | None:
+        """Find without the database why there would be no start with it either."""
+        skip = self.guards.alive_by_locks_and_marks()
+        if skip is None and isinstance(self.work, Work):
+            skip = self.guards.journaled(state.journal)
         if skip is not None:
             with suppress(BatchctlError):
                 state.journal.append("skip", self._skip_values(skip))
@@ -174,7 +196,7 @@ def new_run_id(now: datetime) -> str:
 
 
 @contextmanager
-def _handled_signals() -> Iterator[Interruption]:
+def handled_signals() -> Iterator[Interruption]:
     """Turn SIGTERM, SIGINT, SIGHUP and those of `stop` into a wish to end; what was ignored (nohup) stays so.
 
     A handler in Python runs only when the main thread gets to it, and a signal that comes just before that thread

@@ -40,6 +40,8 @@ def ask_to_end(
         BatchctlError: it may not be asked, or it is dead.
     """
     holder = read_holder(lock_path(state_dir, f"batch.{batch}"), clock, patience=0)
+    if holder is not None and holder.command != "run-batch":
+        return f"No run of {batch} is in progress; `batchctl {holder.command}` (pid {holder.pid}) is just looking."
     if holder is not None:
         return _signal(holder.identity, how)
     with connect() as store:

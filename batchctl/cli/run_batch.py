@@ -56,21 +56,22 @@ def run_batch(
         return 0
 
     from batchctl.batch.guards import Guards
-    from batchctl.batch.start import Start
+    from batchctl.batch.start import Start, handled_signals
 
     # With -v the log lines on standard error say everything.
     shown = session.shows_results and session.verbosity == 0 and not json
-    live = render.run_view(plan, shown=shown)
-    with live as watch:
-        guards = Guards(
-            configuration=session.configuration,
-            job=plan.job,
-            force_gap=force_gap,
-            zone=session.zone,
-            clock=session.clock,
-            log=session.logger(name),
-        )
-        wanted = Wish(run, group) if resume else Work(plan)
-        result = Start(guards, wanted, session.load_state, watch, dict(os.environ)).run()
-    render.run_result(result, json=json, shown=shown)
+    # From before the lock is taken until the result is said: a signal never leaves a run without its end.
+    with handled_signals() as interruption:
+        with render.run_view(plan, shown=shown) as watch:
+            guards = Guards(
+                configuration=session.configuration,
+                job=plan.job,
+                force_gap=force_gap,
+                zone=session.zone,
+                clock=session.clock,
+                log=session.logger(name),
+            )
+            wanted = Wish(run, group) if resume else Work(plan)
+            result = Start(guards, wanted, session.load_state, watch, dict(os.environ), interruption).run()
+        render.run_result(result, json=json, shown=shown)
     return skip_exit_code if result.outcome == "skipped" else result.exit_code

@@ -33,6 +33,7 @@ class Holder(msgspec.Struct, frozen=True):
     start_ticks: int
     boot_id: str
     started_at: datetime
+    command: str = "run-batch"
 
     @property
     def identity(self) -> ProcessIdentity:

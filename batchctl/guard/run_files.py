@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from batchctl.errors import ConfigurationError
+from batchctl.paths import refuse_foreign
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -63,21 +64,33 @@ class RunFiles:
             files = [StepFile(self.path, self.run_id)]
         else:
             files = [
-                StepFile(path, self.run_id, path.parent.name, path.name.removesuffix(SUFFIX).rpartition(".")[0])
-                for path in sorted((self.path / STEPS).glob(f"*/*{SUFFIX}"))
+                StepFile(path, self.run_id, account.name, path.name.removesuffix(SUFFIX).rpartition(".")[0])
+                for account in sorted(_directories(self.path / STEPS))
+                for path in sorted(account.glob(f"*{SUFFIX}"))
             ]
         return [file for file in files if held(file.path)]
 
     def remove(self) -> None:
-        """Remove the files; what cannot be removed stays and does no harm."""
-        # What lies deeper comes later in the list.
-        inside = sorted(self.path.rglob("*"), reverse=True) if self.path.is_dir() else []
+        """Remove the files that we know, and follow no link; what cannot be removed stays and does no harm."""
         with suppress(OSError):
-            for path in (*inside, self.path):
-                if path.is_dir():
-                    path.rmdir()
-                else:
-                    path.unlink()
+            if not self.path.is_dir():
+                self.path.unlink()
+                return
+            for account in _directories(self.path / STEPS):
+                for lock in account.glob(f"*{SUFFIX}"):
+                    lock.unlink()
+                account.rmdir()
+            for name in (RUN_LOCK, ENDED):
+                (self.path / name).unlink(missing_ok=True)
+            for directory in (self.path / STEPS, self.path):
+                if directory.exists():
+                    directory.rmdir()
+
+
+def _directories(path: Path) -> list[Path]:
+    if path.is_symlink() or not path.is_dir():
+        return []
+    return [entry for entry in path.iterdir() if entry.is_dir() and not entry.is_symlink()]
 
 
 def batch_directory(state_dir: Path, batch: str) -> Path:
@@ -87,12 +100,20 @@ def batch_directory(state_dir: Path, batch: str) -> Path:
 
 def known_runs(state_dir: Path, batch: str) -> list[RunFiles]:
     """List the runs of a batch that live or may have left something, by their files alone."""
+    directory = batch_directory(state_dir, batch)
     try:
-        found = sorted(batch_directory(state_dir, batch).iterdir())
+        for part in (directory.parent, directory):
+            refuse_foreign(part, "directory")
+        found = sorted(directory.iterdir())
+        for path in found:
+            with suppress(FileNotFoundError):  # a run that has just ended
+                refuse_foreign(path, "file" if path.suffix == SUFFIX else "directory")
     except FileNotFoundError:
         return []
     except OSError as error:
-        raise ConfigurationError(f"{batch_directory(state_dir, batch)} cannot be read: {error.strerror}") from error
+        raise ConfigurationError(
+            f"{directory} cannot be read: {error.strerror}; run batchctl as the owner of state_dir"
+        ) from error
     # A file for a whole run is what earlier versions made.
     return [RunFiles(path.name.removesuffix(SUFFIX), path) for path in found if path.is_dir() or path.suffix == SUFFIX]
 

@@ -61,9 +61,11 @@ class RunLocks:
     """
 
     def __init__(self, state_dir: Path, batch: str, run_id: str, process: ProcessIdentity, clock: Clock) -> None:
-        self._files = RunFiles(run_id, batch_directory(state_dir, batch) / run_id)
+        directory = batch_directory(state_dir, batch)
+        self._files = RunFiles(run_id, directory / run_id)
         self._new = not self._files.path.exists()
-        private_directory(self._files.path)
+        for part in (directory.parent, directory, self._files.path):
+            private_directory(part)
         self._clock = clock
         self._stepped = False
         self.unfinished = False

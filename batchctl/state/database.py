@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import psycopg
@@ -33,6 +33,16 @@ PASSING = {"25006", "40001", "40P01", "55P03", "57014"}
 """SQLSTATE of a standby that cannot write, a serialization failure, a deadlock, a lock or statement timeout."""
 LASTING = ("22", "23")
 """Classes of SQLSTATE that the same statement will meet again: wrong data, a violated constraint."""
+
+BOUNDS = sql.SQL(
+    "SELECT set_config('lock_timeout', {lock}, true) AS lock_timeout, "
+    "set_config('statement_timeout', {statement}, true) AS statement_timeout, "
+    "set_config('idle_in_transaction_session_timeout', '20s', true) AS idle_timeout, "
+    "set_config('synchronous_commit', CASE current_setting('synchronous_commit') "
+    "WHEN 'off' THEN 'on' ELSE current_setting('synchronous_commit') END, true) AS kept"
+)
+"""What holds in a transaction of ours, whatever the role's defaults are: nothing waits for long, neither for a lock nor
+holding one for a client that is gone, and what is committed survives a crash of the server."""
 
 # A client that vanished must not keep locks, and a server that vanished must not keep the client.
 CONNECTION_DEFAULTS: Mapping[str, Any] = {
@@ -99,13 +109,30 @@ class Session:
         return rows[0] if rows else None
 
     @contextmanager
+    def bounded(self, *, lock: str = "10s", statement: str = "15s") -> Iterator[None]:
+        """Commit the block's statements together, and durably; none of them waits longer than that.
+
+        Args:
+            lock: For a lock that somebody holds.
+            statement: In all.
+        """
+        with self.transaction():
+            self.run(BOUNDS.format(lock=sql.Literal(lock), statement=sql.Literal(statement)))
+            yield
+
+    @contextmanager
     def transaction(self, *, discard: bool = False) -> Iterator[None]:
         """Commit the block's statements together, or none of them.
 
         Args:
             discard: None of them in any case: the block only wants to know what would happen.
         """
-        with self.connection.transaction(force_rollback=discard):
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(self.connection.transaction(force_rollback=discard))
+            except psycopg.errors.FeatureNotSupported as error:
+                # Beginning to write is what a standby does not support.
+                raise DatabaseUnavailableError(f"{self._place} is a standby, which cannot write") from error
             yield
 
 

@@ -53,19 +53,19 @@ class Journal:
             ConfigurationError: the state directory cannot be written.
         """
         line = msgspec.json.encode(Entry(name, dict(values))) + b"\n"
-        try:
-            private_directory(self.path.parent)
-            with self._locked() as descriptor:
-                _append(descriptor, line)
-                os.fsync(descriptor)
-        except OSError as error:
-            raise ConfigurationError(f"{self.path} cannot be written: {error.strerror}") from error
+        private_directory(self.path.parent)
+        with self._disk(), self._locked() as descriptor:
+            new = os.fstat(descriptor).st_size == 0
+            _append(descriptor, line)
+            os.fsync(descriptor)
+            if new:
+                self._sync_directory()
 
     def entries(self) -> list[Entry]:
         """Read what waits to be recorded; what cannot be read is left to `replay`."""
         found = []
         for path in (self._replaying, self.path):
-            with suppress(FileNotFoundError):
+            with self._disk(), suppress(FileNotFoundError):
                 refuse_foreign(path, "file")
                 for line in path.read_bytes().splitlines():
                     with suppress(msgspec.DecodeError):
@@ -80,16 +80,18 @@ class Journal:
 
         Raises:
             DatabaseUnavailableError: the database was lost again, or another command holds the journal for too long.
+            ConfigurationError: the state directory cannot be read or written.
         """
         if not self.path.exists() and not self._replaying.exists():
             return
-        with self._only_replay():
+        with self._disk(), self._only_replay():
             # What a crash left half recorded comes before what came later.
             self._record(write)
             if self.path.exists() and self.path.stat().st_size:
                 # Appending goes on in a new file meanwhile, however long the database takes.
                 with self._locked():
                     self.path.rename(self._replaying)
+                    self._sync_directory()
                 self._record(write)
 
     def _record(self, write: Callable[[str, Mapping[str, Any]], Any]) -> None:
@@ -113,6 +115,23 @@ class Journal:
             os.write(descriptor, line + b"\n")
         finally:
             os.close(descriptor)
+
+    def _sync_directory(self) -> None:
+        # A file survives a crash of the machine only together with its name.
+        descriptor = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    @contextmanager
+    def _disk(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise ConfigurationError(
+                f"the journal {self.path} cannot be used: {error.strerror}; make room, and check whose it is"
+            ) from error
 
     @contextmanager
     def _locked(self) -> Iterator[int]:

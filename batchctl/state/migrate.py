@@ -27,7 +27,11 @@ def require_schema(session: Session) -> None:
     Raises:
         ConfigurationError: it is older or newer than this program.
     """
-    version = schema_version(session)
+    try:
+        with session.bounded():
+            version = session.run(VERSION.format(schema=session.schema))[0].version
+    except MissingObjectError:
+        version = None
     if version is None:
         upgrade(session)
     elif version < LATEST_VERSION:

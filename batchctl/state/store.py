@@ -17,8 +17,15 @@ if TYPE_CHECKING:
     from batchctl.state.journal import Journal
 
 CRASHED = "batchctl died before it could record an end"
-UNKNOWN: Mapping[str, Any] = {"at": None, "resumed": 0, "duration": None, "config_hash": None, "token": None}
+UNKNOWN: Mapping[str, Any] = dict.fromkeys(
+    (
+        "at", "duration", "config_hash", "token", "batch", "job", "groups", "accounts", "steps", "host", "hostname",
+        "boot_id", "pid", "pid_start_ticks", "started_at", "claimed_until", "whole",
+    )
+) | {"resumed": 0}  # fmt: skip
 """What records need not say, and those that an earlier version left in a journal do not."""
+QUICK = {"lock": "3s", "statement": "4s"}
+"""A record has less time than whoever waits for it: what is given up must not stay with the server."""
 
 
 @dataclass(frozen=True)
@@ -149,7 +156,8 @@ class Store:
 
     def unfinished(self, batch: str, host: str) -> list[Any]:
         """List the processes of this host's unfinished runs: run_id, account, step, pid, pid_start_ticks, boot_id."""
-        return self.session.fetch("run.unfinished", batch=batch, host=host)
+        with self.session.bounded():
+            return self.session.fetch("run.unfinished", batch=batch, host=host)
 
     def claim(self, request: ClaimRequest, decide: Callable[[JobState], Any]) -> Claim:
         """Claim a batch for a run.
@@ -161,9 +169,7 @@ class Store:
             decide: Says what forbids the start given the job's state, or None; called in the same transaction.
         """
         session, batch = self.session, request.batch
-        with session.transaction():
-            session.fetch("run.bound")
-            session.fetch("run.keep")
+        with session.bounded():
             session.fetch("run.lock_job", job=batch)
             now = self.now()
             corrected = tuple(row.job for row in session.fetch("run.correct_future", batch=batch, now=now))
@@ -178,15 +184,15 @@ class Store:
             columns = request.columns()
             if request.resumed is None:
                 won = session.fetch("run.claim", **columns, now=now, claim=request.claim)
-                mark, more = "run.mark_started", {"now": now}
+                mark = "run.mark_started"
             else:
                 own = {"now": now, "claim": request.claim, "resumed": request.resumed}
                 won = session.fetch("run.resume", **columns, **own)
-                mark, more = "run.mark_resumed", {}
+                mark = "run.mark_resumed"
             if not won:
                 return replace(claim, live=self.live(batch))
             jobs = list(request.jobs)
-            session.fetch(mark, run_id=request.run_id, jobs=jobs, **more)
+            session.fetch(mark, run_id=request.run_id, jobs=jobs, now=now, started_at=won[0].started_at)
             kept = {"started_at": won[0].started_at, "resumed": won[0].resumed, "claimed_until": now + request.claim}
             return replace(claim, run={**columns, **kept, "jobs": jobs})
 
@@ -208,8 +214,7 @@ class Store:
             job: The job.
             batch: The batch that it is or is in, None for a rollup.
         """
-        with self.session.transaction():
-            self.session.fetch("run.bound")
+        with self.session.bounded():
             if batch is not None:
                 # A start that is being decided comes first: afterwards it is live, or refused.
                 self.session.fetch("run.lock_job", job=batch)
@@ -246,10 +251,12 @@ class Store:
     def heartbeat(self, run: Mapping[str, Any], lease: timedelta | None) -> Any:
         """Say that a run is alive and return what it is asked; None if the claim is another's or was closed."""
         own = {"run_id": run["run_id"], "resumed": run["resumed"], "lease": lease}
-        heard = self.session.fetch_one("run.heartbeat", **own)
+        with self.session.bounded(**QUICK):
+            heard = self.session.fetch_one("run.heartbeat", **own)
         if heard is None:
             self.write("run_started", run)
-            heard = self.session.fetch_one("run.heartbeat", **own)
+            with self.session.bounded(**QUICK):
+                heard = self.session.fetch_one("run.heartbeat", **own)
         return heard
 
     def request_stop(self, run_id: str, how: str) -> bool:
@@ -269,8 +276,7 @@ class Store:
             reason: What is known of its end, in words.
         """
         session = self.session
-        with session.transaction():
-            session.fetch("run.bound")
+        with session.bounded():
             # No start can claim the batch meanwhile, so what is closed is this run and no later one.
             session.fetch("run.lock_job", job=run.batch)
             live = self.live(run.batch)
@@ -295,18 +301,14 @@ class Store:
         self.session.fetch("run.skip_in_series", job=job, reason=reason, detail=detail)
 
     def write(self, name: str, values: Mapping[str, Any]) -> Any:
-        """Execute a record: run_started, step_started, step_finished, run_finished, skip; each may be repeated.
+        """Execute a record: run_started, step_*, run_finished, withdraw, skip; each may be repeated.
 
         Args:
             name: The record.
             values: Its columns; `at` is the time it is about, if that is not now.
         """
-        columns = {**UNKNOWN, **values}
-        if name != "run_finished":
-            return self.session.fetch_one(f"run.{name}", **columns)
-        with self.session.transaction():
-            self.session.fetch("run.keep")
-            return self.session.fetch_one("run.run_finished", **columns)
+        with self.session.bounded(**QUICK):
+            return self.session.fetch_one(f"run.{name}", **{**UNKNOWN, **values})
 
     def write_in_run(self, run: Mapping[str, Any], name: str, values: Mapping[str, Any]) -> Any:
         """Execute a record of a run whose claim the database may have lost.
@@ -317,14 +319,11 @@ class Store:
             values: Its columns.
         """
         try:
-            row = self.write(name, values)
+            return self.write(name, values)
         except WrongDataError:
-            row = None  # a step of a run that is not there
-        else:
-            if row is not None or name != "run_finished":
-                return row
-        self.write("run_started", run)
-        return self.write(name, values)
+            # A step of a run that is not there.
+            self.write("run_started", run)
+            return self.write(name, values)
 
     def jobs(self) -> list[Any]:
         """List the state of all jobs."""
@@ -344,6 +343,7 @@ def open_store(
     limit: float | None = None,
     start_server: bool = True,
     known: bool = False,
+    replay: bool = True,
 ) -> Iterator[Store]:
     """Connect for the block, make sure that the schema fits, and record what the journal holds.
 
@@ -354,10 +354,12 @@ def open_store(
         limit: The same.
         start_server: The same.
         known: The schema fitted when this command began; it is not looked at again.
+        replay: False to leave the journal alone.
     """
     with database.connect(patience=patience, limit=limit, start_server=start_server) as session:
         if not known:
             require_schema(session)
         store = Store(session)
-        journal.replay(store.write)
+        if replay:
+            journal.replay(store.write)
         yield store

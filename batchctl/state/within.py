@@ -14,6 +14,14 @@ if TYPE_CHECKING:
 Result = TypeVar("Result")
 
 
+class GivenUpError(DatabaseUnavailableError):
+    """Something took too long, and may still be going on in a thread."""
+
+    def __init__(self, message: str, thread: threading.Thread) -> None:
+        super().__init__(message)
+        self.thread = thread
+
+
 def within(seconds: float, action: Callable[[], Result]) -> Result:
     """Do something, but do not wait for it longer than that.
 
@@ -21,7 +29,7 @@ def within(seconds: float, action: Callable[[], Result]) -> Result:
     What is given up may still happen, so it has to be something that may be repeated.
 
     Raises:
-        DatabaseUnavailableError: it took longer.
+        GivenUpError: it took longer.
         BatchctlError: what the action raised.
     """
     done: queue.SimpleQueue[tuple[Result | None, BaseException | None]] = queue.SimpleQueue()
@@ -32,11 +40,12 @@ def within(seconds: float, action: Callable[[], Result]) -> Result:
         except BaseException as error:  # noqa: BLE001 - raised again by whoever waits
             done.put((None, error))
 
-    threading.Thread(target=work, daemon=True, name="record").start()
+    thread = threading.Thread(target=work, daemon=True, name="record")
+    thread.start()
     try:
         result, error = done.get(timeout=seconds)
     except queue.Empty:
-        raise DatabaseUnavailableError(f"the database did not answer within {seconds:g}s") from None
+        raise GivenUpError(f"the database did not answer within {seconds:g}s", thread) from None
     if error is not None:
         raise error
     return cast("Result", result)

@@ -185,7 +185,17 @@ def test_a_skip_decided_by_the_lock_does_not_wait_for_the_database(batchctl):
 
 
 @pytest.mark.parametrize(
-    "path", ["state", "state/lock", "state/lock/batch.daily.lock", "state/host_id", "state/log"], ids=str
+    "path",
+    [
+        "state",
+        "state/lock",
+        "state/lock/batch.daily.lock",
+        "state/host_id",
+        "state/log",
+        "state/run",
+        "state/run/daily",
+    ],
+    ids=str,
 )
 def test_a_symbolic_link_in_the_state_directory_is_refused(batchctl, tmp_path_factory, path):
     elsewhere = tmp_path_factory.mktemp("elsewhere")

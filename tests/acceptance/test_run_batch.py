@@ -283,7 +283,7 @@ def test_what_cannot_be_made_before_a_run_is_not_claimed(batchctl):
     batchctl("status")
     (batchctl.directory / "state").mkdir(mode=0o700, exist_ok=True)
     (batchctl.directory / "state" / "run").write_text("in the way")
-    assert "Not a directory" in batchctl("run-batch", code=78).stderr
+    assert "not a directory" in batchctl("run-batch", code=78).stderr
     with psycopg.connect(batchctl.url) as connection:
         assert connection.execute("SELECT count(*) FROM batchctl.run").fetchone() == (0,)
 

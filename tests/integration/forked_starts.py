@@ -88,7 +88,10 @@ def start_once(session: Session) -> dict:
     plan = make_plan(BATCH, session.configuration.batches[BATCH])
     guards = Guards(session.configuration, plan.job, True, session.zone, session.clock, session.logger(BATCH))
     try:
-        result = start.Start(guards, Work(plan), session.load_state, lambda _: None, dict(os.environ)).run()
+        with start.handled_signals() as interruption:
+            result = start.Start(
+                guards, Work(plan), session.load_state, lambda _: None, dict(os.environ), interruption
+            ).run()
     except BatchctlError as error:
         return {"outcome": "error", "reason": str(error), "holder": None}
     return {

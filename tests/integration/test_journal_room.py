@@ -40,7 +40,7 @@ def replayed(journal):
 
 def test_a_record_that_finds_no_room_spoils_no_other(journal):
     journal.append("skip", {"n": 1})
-    with room_for(journal.path.stat().st_size + 5), pytest.raises(ConfigurationError, match="cannot be written"):
+    with room_for(journal.path.stat().st_size + 5), pytest.raises(ConfigurationError, match="cannot be used"):
         journal.append("skip", {"n": 2})
     journal.append("skip", {"n": 3})
     assert replayed(journal) == [1, 3]

@@ -462,3 +462,21 @@ def test_a_log_is_cut_while_a_process_appends_to_it(tmp_path):
 def test_the_identity_of_this_boot_is_known():
     assert boot_id()
     assert ProcessIdentity(os.getpid(), start_ticks(os.getpid()), boot_id()) == identify(os.getpid())
+
+
+def test_a_link_among_the_runs_is_refused_and_never_followed(tmp_path):
+    precious = tmp_path / "precious"
+    (precious / "steps" / "a").mkdir(parents=True)
+    kept = precious / "steps" / "a" / "1.1.lock"
+    kept.touch()
+    runs = tmp_path / "state" / "run" / "daily"
+    runs.mkdir(parents=True, mode=0o700)
+    (runs / RUN).symlink_to(precious)
+    with pytest.raises(ConfigurationError, match="symbolic link"):
+        find_orphans(tmp_path / "state", "daily", ())
+    (runs / RUN).unlink()
+    # Nor inside the directory of a run.
+    (runs / RUN).mkdir(mode=0o700)
+    (runs / RUN / "steps").symlink_to(precious / "steps")
+    forget_runs(tmp_path / "state", "daily", ())
+    assert kept.exists()

@@ -3,16 +3,6 @@
 INSERT INTO {schema}.state AS s (job) VALUES (%(job)s)
 ON CONFLICT (job) DO UPDATE SET job = s.job;
 
--- name: bound
--- A start never waits for long: neither for a lock that somebody holds, nor holding one for a client that is gone.
-SELECT set_config('lock_timeout', '10s', true) AS lock_timeout,
-       set_config('statement_timeout', '15s', true) AS statement_timeout,
-       set_config('idle_in_transaction_session_timeout', '20s', true) AS idle_timeout;
-
--- name: keep
--- What is committed now survives a crash of the server, whatever the role's default is.
-SELECT set_config('synchronous_commit', 'on', true) WHERE current_setting('synchronous_commit') = 'off';
-
 -- name: now
 -- The only clock that decides; read after the lock was obtained, so that waiting for it does not turn it back.
 SELECT clock_timestamp() AS now;
@@ -115,21 +105,42 @@ WHERE run_id = %(run_id)s AND outcome <> 'success' AND resumed = %(resumed)s
 RETURNING run_id, started_at, resumed;
 
 -- name: run_started
--- Record a claim again that the database has lost, as a standby may that took over; one that is there stays as it is.
+-- Record a claim again that the database has lost, as a standby may that took over, or that the run has been continued;
+-- nothing happens if it is known, or if another run is live.
 WITH lost AS (
-    INSERT INTO {schema}.run (run_id, batch, job, groups, accounts, steps, host, hostname, boot_id, pid,
-                              pid_start_ticks, started_at, heartbeat_at, claimed_until, whole, config_hash, resumed)
-    VALUES (%(run_id)s, %(batch)s, %(job)s, %(groups)s::text[], %(accounts)s::text[], %(steps)s::text[],
-            %(host)s, %(hostname)s, %(boot_id)s, %(pid)s, %(pid_start_ticks)s,
-            %(started_at)s::timestamptz, coalesce(%(at)s::timestamptz, clock_timestamp()),
-            %(claimed_until)s::timestamptz, %(whole)s, %(config_hash)s, %(resumed)s)
-    ON CONFLICT DO NOTHING
+    INSERT INTO {schema}.run AS r (run_id, batch, job, groups, accounts, steps, host, hostname, boot_id, pid,
+                                   pid_start_ticks, started_at, heartbeat_at, claimed_until, whole, config_hash, resumed)
+    SELECT %(run_id)s, %(batch)s, %(job)s, %(groups)s::text[], %(accounts)s::text[], %(steps)s::text[],
+           %(host)s, %(hostname)s, %(boot_id)s, %(pid)s::integer, %(pid_start_ticks)s::bigint,
+           %(started_at)s::timestamptz, coalesce(%(at)s::timestamptz, clock_timestamp()),
+           %(claimed_until)s::timestamptz, %(whole)s, %(config_hash)s, %(resumed)s
+    WHERE NOT EXISTS (SELECT FROM {schema}.run WHERE batch = %(batch)s AND outcome IS NULL AND run_id <> %(run_id)s)
+    ON CONFLICT (run_id) DO UPDATE
+    SET outcome = NULL, reason = NULL, finished_at = NULL, duration = NULL, host = EXCLUDED.host,
+        hostname = EXCLUDED.hostname, boot_id = EXCLUDED.boot_id, pid = EXCLUDED.pid,
+        pid_start_ticks = EXCLUDED.pid_start_ticks, heartbeat_at = EXCLUDED.heartbeat_at,
+        claimed_until = EXCLUDED.claimed_until, resumed = EXCLUDED.resumed
+    WHERE r.resumed < EXCLUDED.resumed
     RETURNING run_id, started_at
 )
 INSERT INTO {schema}.state (job, last_started_at, last_run_id)
 SELECT job, lost.started_at, lost.run_id FROM lost, unnest(%(jobs)s::text[]) AS job
 ON CONFLICT (job) DO UPDATE
 SET last_started_at = greatest(state.last_started_at, EXCLUDED.last_started_at), last_run_id = EXCLUDED.last_run_id;
+
+-- name: withdraw
+-- Close a run that never began: its claim was made, but whoever made it was not told so.
+WITH withdrawn AS (
+    UPDATE {schema}.run SET outcome = 'crashed', reason = %(reason)s
+    WHERE run_id = %(run_id)s AND resumed = %(resumed)s AND outcome IS NULL
+    RETURNING run_id, batch
+)
+UPDATE {schema}.state AS s SET last_outcome = 'crashed', last_started_at = (
+    SELECT max(r.started_at) FROM {schema}.run r
+    WHERE r.batch = withdrawn.batch AND r.outcome IS NOT NULL AND r.outcome <> 'crashed' AND r.run_id <> withdrawn.run_id
+      AND (s.job = r.batch OR s.job = ANY(SELECT r.batch || '/' || name FROM unnest(r.groups) AS name))
+)
+FROM withdrawn WHERE s.last_run_id = withdrawn.run_id;
 
 -- name: heartbeat
 -- Say that a run is alive, prolong its lease if it has one, and hear what it is asked; no row if it is not ours any more.
@@ -165,10 +176,11 @@ SELECT DISTINCT ON (account, step) account, step, step_group, attempt, outcome, 
 FROM {schema}.step_run WHERE run_id = %(run_id)s ORDER BY account, step, attempt DESC;
 
 -- name: mark_resumed
--- A run that goes on is again the one its jobs belong to; it is no new start.
-INSERT INTO {schema}.state (job, last_run_id)
-SELECT job, %(run_id)s FROM unnest(%(jobs)s::text[]) AS job
-ON CONFLICT (job) DO UPDATE SET last_run_id = EXCLUDED.last_run_id;
+-- A run that goes on is again the one its jobs belong to. It is no new start, but counts as one if a crash undid it.
+INSERT INTO {schema}.state (job, last_started_at, last_run_id)
+SELECT job, %(started_at)s, %(run_id)s FROM unnest(%(jobs)s::text[]) AS job
+ON CONFLICT (job) DO UPDATE
+SET last_started_at = greatest(state.last_started_at, EXCLUDED.last_started_at), last_run_id = EXCLUDED.last_run_id;
 
 -- name: mark_started
 -- A start counts for the batch and for each group that takes part.
@@ -178,39 +190,67 @@ ON CONFLICT (job) DO UPDATE SET last_started_at = EXCLUDED.last_started_at, last
 
 -- name: step_started
 -- Record an attempt at a step as soon as its process exists. A crash of the server may lose it: its end is recorded
--- anew, and its process has other witnesses. So it does not wait for the disk.
-INSERT INTO {schema}.step_run (run_id, account, step, attempt, step_group, pid, pid_start_ticks, started_at, quantity, log,
-                               config_hash)
-SELECT %(run_id)s, %(account)s, %(step)s, %(attempt)s, %(group)s, %(pid)s, %(pid_start_ticks)s,
+-- anew, and its process has other witnesses. So it does not wait for the disk. What an earlier part of the run recorded
+-- late under the same number gives way.
+INSERT INTO {schema}.step_run (run_id, account, step, attempt, resumed, step_group, pid, pid_start_ticks, started_at,
+                               quantity, log, config_hash)
+SELECT %(run_id)s, %(account)s, %(step)s, %(attempt)s, %(resumed)s, %(group)s, %(pid)s, %(pid_start_ticks)s,
        coalesce(%(at)s::timestamptz, clock_timestamp()), %(quantity)s, %(log)s, %(config_hash)s
 FROM set_config('synchronous_commit', 'off', true)
-ON CONFLICT (run_id, account, step, attempt) DO NOTHING;
+ON CONFLICT (run_id, account, step, attempt) DO UPDATE
+SET resumed = EXCLUDED.resumed, pid = EXCLUDED.pid, pid_start_ticks = EXCLUDED.pid_start_ticks,
+    started_at = EXCLUDED.started_at, finished_at = NULL, outcome = NULL, reason = NULL, exit_code = NULL, signal = NULL,
+    quantity = EXCLUDED.quantity, log = EXCLUDED.log, config_hash = EXCLUDED.config_hash
+WHERE step_run.resumed < EXCLUDED.resumed;
 
 -- name: step_finished
--- Record how an attempt ended; what is recorded of its end already stays, as if a late record had come in time.
-INSERT INTO {schema}.step_run (run_id, account, step, attempt, step_group, started_at, finished_at, outcome, reason,
-                               exit_code, signal, quantity, log, config_hash)
-VALUES (%(run_id)s, %(account)s, %(step)s, %(attempt)s, %(group)s,
+-- Record how an attempt ended, once; a record of an earlier part of the run gives way to one of a later part.
+INSERT INTO {schema}.step_run (run_id, account, step, attempt, resumed, step_group, started_at, finished_at, outcome,
+                               reason, exit_code, signal, quantity, log, config_hash)
+VALUES (%(run_id)s, %(account)s, %(step)s, %(attempt)s, %(resumed)s, %(group)s,
         coalesce(%(at)s::timestamptz, clock_timestamp()) - %(duration)s::interval,
         coalesce(%(at)s::timestamptz, clock_timestamp()),
         %(outcome)s, %(reason)s, %(exit_code)s, %(signal)s, %(quantity)s, %(log)s, %(config_hash)s)
 ON CONFLICT (run_id, account, step, attempt) DO UPDATE
-SET finished_at = EXCLUDED.finished_at, outcome = EXCLUDED.outcome, reason = EXCLUDED.reason,
-    exit_code = EXCLUDED.exit_code, signal = EXCLUDED.signal
-WHERE step_run.finished_at IS NULL;
+SET resumed = EXCLUDED.resumed, finished_at = EXCLUDED.finished_at, outcome = EXCLUDED.outcome, reason = EXCLUDED.reason,
+    exit_code = EXCLUDED.exit_code, signal = EXCLUDED.signal, config_hash = EXCLUDED.config_hash
+WHERE step_run.resumed < EXCLUDED.resumed OR (step_run.resumed = EXCLUDED.resumed AND step_run.finished_at IS NULL);
 
 -- name: run_finished
--- Record the end of a run, and the completion for the batch and each group that took part.
-WITH ended AS (
+-- Record the end of a run, once, and the completion for the batch and each group that took part. A run that the database
+-- has lost is recorded with its end, also while another one is live.
+WITH known AS (
     UPDATE {schema}.run
     SET outcome = %(outcome)s, reason = %(reason)s, finished_at = coalesce(%(at)s::timestamptz, clock_timestamp()),
-        duration = %(duration)s::interval
-    WHERE run_id = %(run_id)s AND finished_at IS NULL AND resumed = %(resumed)s
-    RETURNING finished_at
+        duration = %(duration)s::interval, resumed = %(resumed)s
+    WHERE run_id = %(run_id)s AND (resumed < %(resumed)s OR (resumed = %(resumed)s AND finished_at IS NULL))
+    RETURNING started_at, finished_at
+), lost AS (
+    INSERT INTO {schema}.run (run_id, batch, job, groups, accounts, steps, host, hostname, boot_id, pid, pid_start_ticks,
+                              started_at, heartbeat_at, claimed_until, whole, config_hash, resumed,
+                              outcome, reason, finished_at, duration)
+    SELECT %(run_id)s, %(batch)s, %(job)s, %(groups)s::text[], %(accounts)s::text[], %(steps)s::text[],
+           %(host)s, %(hostname)s, %(boot_id)s, %(pid)s::integer, %(pid_start_ticks)s::bigint,
+           %(started_at)s::timestamptz, at, %(claimed_until)s::timestamptz, %(whole)s, %(config_hash)s, %(resumed)s,
+           %(outcome)s, %(reason)s, at, %(duration)s::interval
+    FROM (SELECT coalesce(%(at)s::timestamptz, clock_timestamp()) AS at) AS t
+    -- What an earlier version left in a journal does not say which run it was.
+    WHERE %(host)s::text IS NOT NULL AND NOT EXISTS (SELECT FROM {schema}.run WHERE run_id = %(run_id)s)
+    ON CONFLICT (run_id) DO NOTHING
+    RETURNING started_at, finished_at
+), ended AS (
+    SELECT * FROM known UNION ALL SELECT * FROM lost
 ), jobs AS (
-    UPDATE {schema}.state
-    SET last_completed_at = greatest(last_completed_at, ended.finished_at), last_outcome = %(outcome)s
-    FROM ended WHERE job = ANY(%(jobs)s)
+    INSERT INTO {schema}.state AS s (job, last_started_at, last_completed_at, last_outcome, last_run_id)
+    SELECT job, ended.started_at, ended.finished_at, %(outcome)s, %(run_id)s
+    FROM ended, unnest(%(jobs)s::text[]) AS job
+    ON CONFLICT (job) DO UPDATE
+    SET last_started_at = greatest(s.last_started_at, EXCLUDED.last_started_at),
+        last_completed_at = greatest(s.last_completed_at, EXCLUDED.last_completed_at),
+        -- The end of an older run may come late.
+        last_outcome = CASE WHEN s.last_completed_at > EXCLUDED.last_completed_at THEN s.last_outcome
+                            ELSE EXCLUDED.last_outcome END,
+        last_run_id = coalesce(s.last_run_id, EXCLUDED.last_run_id)
 )
 SELECT finished_at FROM ended;
 

@@ -15,5 +15,8 @@ COMMENT ON COLUMN {schema}.run.stop_requested IS 'How another host asked the run
 ALTER TABLE {schema}.skip ADD COLUMN token text UNIQUE;
 COMMENT ON COLUMN {schema}.skip.token IS 'Chosen by whoever was skipped, so that a record that is repeated is not made twice.';
 
-ALTER TABLE {schema}.step_run ADD COLUMN config_hash text;
+ALTER TABLE {schema}.step_run
+    ADD COLUMN resumed     integer NOT NULL DEFAULT 0,
+    ADD COLUMN config_hash text;
+COMMENT ON COLUMN {schema}.step_run.resumed     IS 'In which part of the run the attempt was made: how many times it had been continued.';
 COMMENT ON COLUMN {schema}.step_run.config_hash IS 'Hash of what the attempt was told to do: command, env, quantity.';
