@@ -16,7 +16,9 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 import signal
+import tempfile
 import uuid
 from pathlib import Path
 
@@ -119,6 +121,19 @@ def database_url(server):
 def batchctl(tmp_path, database_url):
     """The program on a fresh database."""
     return Command(tmp_path, database_url)
+
+
+@pytest.fixture
+def own_server():
+    """A server that the test may stop, with all its durability, at a path that is short enough for a socket."""
+    directory = Path(tempfile.mkdtemp(prefix="bc-", dir="/tmp"))
+    server = EmbeddedServer(directory / "server", SystemClock())
+    try:
+        server.start()
+        yield server
+        server.stop()
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 @pytest.fixture

@@ -17,6 +17,15 @@ from batchctl.clock import SystemClock
 from batchctl.state.embedded import EmbeddedServer
 
 PROGRAM = Path(sys.executable).with_name("batchctl")
+NOWHERE = "postgresql://nobody@127.0.0.1:1/none"
+"""A database that cannot be reached."""
+ROLLUP = """
+[rollup.trend]
+source = "fact_events"
+time = "occurred_at"
+[rollup.trend.measures]
+events = "count(*)"
+"""
 REQUIRE_ALL = os.environ.get("BATCHCTL_REQUIRE_ALL") == "1"
 
 
@@ -105,6 +114,11 @@ class Command:
         done = self(*arguments, "--json", code=code)
         assert done.stdout.count("\n") == 1, done
         return json.loads(done.stdout)
+
+    def pid(self, name: str = "step.pid") -> int:
+        """Wait until a step has written a process id into a file, and return it."""
+        path = self.directory / name
+        return int(wait_for(lambda: path.exists() and path.read_text().strip(), what=name))
 
     @property
     def log(self) -> str:

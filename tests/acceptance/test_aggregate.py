@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 
 import psycopg
 import pytest
-from support import wait_for
+from support import NOWHERE, wait_for
 
 from batchctl.guard.identity import identify
 from batchctl.guard.lock import Holder, acquire, lock_path
@@ -118,7 +118,7 @@ def test_a_measure_that_fails_is_an_error_and_nothing_is_lost(batchctl):
 
 
 def test_a_database_that_is_down(trend):
-    trend.environment = {"BATCHCTL_DATABASE_URL": "postgresql://nobody@127.0.0.1:1/none"}
+    trend.environment = {"BATCHCTL_DATABASE_URL": NOWHERE}
     began = time.monotonic()
     done = trend("aggregate", code=69)
     assert done.stderr.count("\n") == 1

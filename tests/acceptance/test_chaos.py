@@ -15,11 +15,9 @@ import fcntl
 import json
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections import Counter
@@ -27,14 +25,14 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psycopg
-import pytest
 from psycopg.conninfo import make_conninfo
 from support import PROGRAM, Command, gone
 
-from batchctl.clock import SystemClock
-from batchctl.state.embedded import EmbeddedServer
+if TYPE_CHECKING:
+    from batchctl.state.embedded import EmbeddedServer
 
 SEED = int(os.environ.get("BATCHCTL_TEST_SEED", "0")) or random.SystemRandom().randrange(1, 10**9)
 CONTROL_ROUNDS = 4
@@ -342,19 +340,6 @@ def held(path):
     return False
 
 
-@pytest.fixture
-def own_server():
-    """A server for the test alone, with all its durability, at a path that is short enough for a socket."""
-    directory = Path(tempfile.mkdtemp(prefix="bc-", dir="/tmp"))
-    server = EmbeddedServer(directory / "server", SystemClock())
-    try:
-        server.start()
-        yield server
-        server.stop()
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
-
-
 def make_chaos(directory, server, **options):
     print(f"BATCHCTL_TEST_SEED={SEED}")  # noqa: T201 - shown with a failure, to play it again
     return Chaos(directory, server, server._data, random.Random(SEED), **options)
@@ -362,9 +347,10 @@ def make_chaos(directory, server, **options):
 
 def play(chaos, rounds):
     """Play rounds with every fault equally often, and in each third a second one."""
+    order: list[str] = []
     for number in range(rounds):
-        order = chaos.random.sample(FAULTS, len(FAULTS)) if number % len(FAULTS) == 0 else order  # noqa: F821
-        first = order[number % len(FAULTS)]
+        order = order or chaos.random.sample(FAULTS, len(FAULTS))
+        first = order.pop()
         others = [fault for fault in FAULTS if fault != first]
         faults = (first, chaos.random.choice(others)) if chaos.random.random() < 1 / 3 else (first,)
         print(f"round {number}: {faults}")  # noqa: T201 - shown with a failure
@@ -377,7 +363,7 @@ def test_nothing_that_is_killed_makes_two_runs_a_lost_completion_or_a_blocked_jo
     with psycopg.connect(chaos.hosts[0].url) as connection:
         for setting in ("fsync", "synchronous_commit", "full_page_writes"):
             assert connection.execute(f"SHOW {setting}").fetchone() == ("on",)
-    rounds = request.config.getoption("chaos_rounds", 30)
+    rounds = request.config.getoption("chaos_rounds")
     play(chaos, rounds)
     print(f"hit: {dict(chaos.hits)}; came of it: {chaos.results()}")  # noqa: T201 - shown with a failure, or by -s
     if rounds >= ENOUGH_ROUNDS:

@@ -20,7 +20,7 @@ import msgspec
 import psycopg
 import pytest
 import typer
-from support import batch, wait_for
+from support import ROLLUP, batch, wait_for
 
 from batchctl import config, config_file
 from batchctl.batch import plan, runner
@@ -55,13 +55,6 @@ SECTIONS = {
 }
 """Headings of configuration.md whose tables list the keys of a type."""
 
-ROLLUP = """
-[rollup.trend]
-source = "fact_events"
-time = "occurred_at"
-[rollup.trend.measures]
-events = "count(*)"
-"""
 WAITING = "touch started; while ! test -e go; do sleep 0.05; done"
 
 

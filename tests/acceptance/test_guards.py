@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psycopg
 import pytest
-from support import REQUIRE_ALL, batch, skip_or_fail
+from support import NOWHERE, REQUIRE_ALL, batch, skip_or_fail
 
 STARTS = 32
 ROUNDS = 10 if REQUIRE_ALL else 3
@@ -129,7 +129,7 @@ def test_the_lock_file_removed_while_held(batchctl):
 
 
 def test_a_database_that_is_down(batchctl):
-    batchctl.url = "postgresql://nobody@127.0.0.1:1/none"
+    batchctl.url = NOWHERE
     batchctl.configure(one_step("touch ran"))
     for command in (["run-batch"], ["status"], ["history"]):
         began = time.monotonic()

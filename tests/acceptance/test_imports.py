@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import psycopg
-from support import batch, embedded_connection, wait_for
+from support import ROLLUP, batch, embedded_connection, wait_for
 
 # Runs the program in an interpreter of its own and prints what it has loaded.
 PROBE = """
@@ -33,14 +33,6 @@ class OnlyLate(importlib.abc.MetaPathFinder):
 sys.meta_path.insert(0, OnlyLate())
 from batchctl.cli.app import main
 main()
-"""
-
-ROLLUP = """
-[rollup.trend]
-source = "fact_events"
-time = "occurred_at"
-[rollup.trend.measures]
-events = "count(*)"
 """
 
 

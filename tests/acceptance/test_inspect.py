@@ -57,8 +57,7 @@ def test_status_before_during_and_after_a_run(batchctl):
 def test_status_does_not_believe_a_row_of_a_dead_run(batchctl):
     batchctl.configure(batch([("31", "echo $$ >step.pid; exec sleep 300")]))
     process = batchctl.start("run-batch", start_new_session=True)
-    path = batchctl.directory / "step.pid"
-    pid = int(wait_for(lambda: path.exists() and path.read_text()))
+    pid = batchctl.pid()
     process.kill()
     process.communicate()
     assert batchctl.json("status")["jobs"][0]["state"] == "idle"

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
-import tempfile
 from contextlib import suppress
 from pathlib import Path
 
@@ -16,23 +14,6 @@ from support import Command, batch, wait_for
 
 from batchctl.clock import SystemClock
 from batchctl.state.embedded import EmbeddedServer
-
-
-@pytest.fixture
-def server_directory():
-    """A directory whose path is short enough for a socket that other processes are to find."""
-    directory = Path(tempfile.mkdtemp(prefix="bc-", dir="/tmp"))
-    yield directory
-    shutil.rmtree(directory)
-
-
-@pytest.fixture
-def own_server(server_directory):
-    """A server that the test may stop."""
-    server = EmbeddedServer(server_directory / "server", SystemClock())
-    server.start()
-    yield server
-    server.stop()
 
 
 def test_a_run_outlives_its_database_and_is_recorded_once(own_server, tmp_path):
@@ -71,7 +52,7 @@ def test_a_run_outlives_its_database_and_is_recorded_once(own_server, tmp_path):
     assert journal.read_text() == ""
 
 
-def test_a_database_that_hangs_holds_up_neither_a_step_nor_a_skip(own_server, server_directory, tmp_path):
+def test_a_database_that_hangs_holds_up_neither_a_step_nor_a_skip(own_server, tmp_path):
     batchctl = Command(tmp_path / "home", make_conninfo(**own_server.connection_parameters()))
     batchctl.directory.mkdir()
     line = "touch first; while ! test -e frozen; do sleep 0.05; done; exec sleep 60"
@@ -80,7 +61,7 @@ def test_a_database_that_hangs_holds_up_neither_a_step_nor_a_skip(own_server, se
     wait_for((batchctl.directory / "first").exists)
     wait_for(lambda: recorded(batchctl), what="the record of the first step")
     # The postmaster and all it has started, as on a machine whose disk hangs.
-    data = (server_directory / "server" / "data").stat()
+    data = own_server._data.stat()
     frozen = []
     for entry in Path("/proc").iterdir():
         with suppress(OSError):

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import psycopg
 import pytest
-from support import batch, gone, wait_for
+from support import NOWHERE, ROLLUP, batch, gone, wait_for
 
 from batchctl.batch import guards
 from batchctl.errors import ExitCode
@@ -27,16 +27,9 @@ from batchctl.guard.lock import Holder, acquire, lock_path
 from batchctl.state import sql
 
 JSON_MD = Path(__file__).resolve().parents[2] / "docs" / "reference" / "json.md"
-NO_DATABASE = {"BATCHCTL_DATABASE_URL": "postgresql://nobody@127.0.0.1:1/none"}
+NO_DATABASE = {"BATCHCTL_DATABASE_URL": NOWHERE}
 ENDLESS = "echo $$ >step.pid; exec sleep 300"
 UNTIL_TOLD = "touch started; while ! test -e go; do sleep 0.05; done"
-ROLLUP = """
-[rollup.trend]
-source = "fact_events"
-time = "occurred_at"
-[rollup.trend.measures]
-events = "count(*)"
-"""
 
 
 @dataclass(frozen=True)
@@ -95,10 +88,6 @@ def run_steps(batchctl, *lines, options=""):
     return run(batchctl)
 
 
-def content(path):
-    return wait_for(lambda: path.exists() and path.read_text(), what=str(path))
-
-
 @contextmanager
 def run_in_progress(batchctl):
     process = batchctl.start("run-batch")
@@ -113,7 +102,7 @@ def killed_run(batchctl):
     """Kill batchctl, so that its step is left alone; end that too at the end."""
     batchctl.configure(steps(ENDLESS))
     process = batchctl.start("run-batch", "--json")
-    pid = int(content(batchctl.directory / "step.pid"))
+    pid = batchctl.pid()
     with psycopg.connect(batchctl.url) as connection:
         wait_for(lambda: connection.execute("SELECT FROM batchctl.step_run").fetchone() is not None)
     process.kill()
@@ -160,7 +149,7 @@ def the_run_reaches_its_deadline(batchctl):
 def signalled(batchctl, number):
     batchctl.configure(steps(ENDLESS, "true"))
     process = batchctl.start("run-batch", "--json")
-    pid = int(content(batchctl.directory / "step.pid"))
+    pid = batchctl.pid()
     process.send_signal(number)
     seen = ended(process)
     assert gone(pid)

@@ -8,19 +8,12 @@ import subprocess
 
 import psycopg
 import pytest
-from support import PROGRAM, batch, wait_for
+from support import PROGRAM, ROLLUP, batch, wait_for
 
 STEPS = batch(
     [("31", "echo x >>search", 'group = "search"'), ("61", "echo x >>upload", 'group = "upload"')],
     'min_gap = "0s"\nschedule = "0 1 * * *"',
 )
-ROLLUP = """
-[rollup.trend]
-source = "fact_events"
-time = "occurred_at"
-[rollup.trend.measures]
-events = "count(*)"
-"""
 
 
 @pytest.fixture

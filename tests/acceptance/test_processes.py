@@ -22,11 +22,6 @@ DETACHED = (
 """One that has not even the descriptor, as all children of a Python program."""
 
 
-def read_pid(batchctl, name):
-    path = batchctl.directory / name
-    return int(wait_for(lambda: path.exists() and path.read_text().strip()))
-
-
 @pytest.fixture
 def pids(embedded_batchctl):
     """Names of files with process ids that must not survive the test."""
@@ -49,7 +44,7 @@ def test_a_timeout_and_a_stop_reach_what_left_the_session(embedded_batchctl, pid
     )
     process = batchctl.start("run-batch", "--json")
     wait_for((batchctl.directory / "ready").exists)
-    daemon, detached = read_pid(batchctl, "daemon"), read_pid(batchctl, "detached")
+    daemon, detached = batchctl.pid("daemon"), batchctl.pid("detached")
     if way == "stop":
         process.send_signal(signal.SIGTERM)
     stdout, stderr = process.communicate(timeout=60)
@@ -87,7 +82,7 @@ def test_what_a_successful_step_leaves_is_named_when_it_ends(embedded_batchctl, 
         batch([("31", hiding), ("32", f"{DETACHED}; sleep 1.2"), ("33", "sleep 0.1")], 'leftovers = "ignore"')
     )
     batchctl("run-batch")
-    daemon, detached = read_pid(batchctl, "daemon"), read_pid(batchctl, "detached")
+    daemon, detached = batchctl.pid("daemon"), batchctl.pid("detached")
     lines = [line.partition("| ")[2] for line in batchctl.log.splitlines()]
     first = lines.index(next(line for line in lines if f"pid {daemon}, step 31 of account default: sh" in line))
     second = lines.index(next(line for line in lines if f"pid {detached}, step 32 of account default: sleep" in line))

@@ -15,10 +15,9 @@ from pathlib import Path
 
 import psycopg
 import pytest
-from support import batch, gone, skip_or_fail, wait_for
+from support import NOWHERE, batch, gone, skip_or_fail, wait_for
 
 WAITING = "echo $$ >step.pid; exec sleep 300"
-NOWHERE = "postgresql://nobody@127.0.0.1:1/none"
 
 
 @pytest.fixture
@@ -33,8 +32,7 @@ def died(batchctl):
 
 def die(batchctl, line="run-batch"):
     process = batchctl.start(line)
-    path = batchctl.directory / "step.pid"
-    pid = int(wait_for(lambda: path.exists() and path.read_text().strip()))
+    pid = batchctl.pid()
     with psycopg.connect(batchctl.url, autocommit=True) as connection:
         recorded = "SELECT count(*) FROM batchctl.step_run WHERE pid IS NOT NULL AND finished_at IS NULL"
         wait_for(lambda: connection.execute(recorded).fetchone()[0])
@@ -104,7 +102,7 @@ def test_a_stubborn_tree_is_ended_hard_and_a_polite_one_is_asked(batchctl, died)
     )
     batchctl.configure(batch([("31", line)], 'grace = "3s"'))
     _, pid = died()
-    away = int(wait_for((batchctl.directory / "away").read_text))
+    away = batchctl.pid("away")
     ended = batchctl.json("orphans", "--kill")["orphans"]
     assert {pid, away} <= {orphan["pid"] for orphan in ended}
     assert all(orphan["killed"] for orphan in ended)
@@ -116,8 +114,7 @@ def test_a_stubborn_tree_is_ended_hard_and_a_polite_one_is_asked(batchctl, died)
 def test_a_run_that_lives_is_no_orphan_and_never_touched(batchctl):
     batchctl.configure(batch([("31", WAITING)]))
     process = batchctl.start("run-batch")
-    path = batchctl.directory / "step.pid"
-    pid = int(wait_for(lambda: path.exists() and path.read_text().strip()))
+    pid = batchctl.pid()
     with psycopg.connect(batchctl.url, autocommit=True) as connection:
         run_id = connection.execute("SELECT run_id FROM batchctl.run").fetchone()[0]
     assert batchctl.json("orphans", "--kill")["orphans"] == []

@@ -154,23 +154,21 @@ def test_a_timeout_takes_the_whole_session_with_it(batchctl):
 def test_a_second_signal_kills_at_once(batchctl):
     batchctl.configure(batch([("31", "trap '' TERM; echo $$ > step.pid; while :; do sleep 1; done")], 'grace = "10m"'))
     process = batchctl.start("run-batch")
-    pid = wait_for(lambda: (batchctl.directory / "step.pid").exists() and (batchctl.directory / "step.pid").read_text())
+    pid = batchctl.pid()
     process.send_signal(signal.SIGTERM)
     time.sleep(0.5)
-    assert not gone(int(pid))
+    assert not gone(pid)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=20)
     assert process.returncode == 128 + signal.SIGTERM
-    assert gone(int(pid))
+    assert gone(pid)
 
 
 @pytest.mark.each_server
 def test_a_killed_batchctl_leaves_an_orphan_that_blocks_until_it_is_gone(batchctl):
     batchctl.configure(batch([("31", "echo $$ > step.pid; exec sleep 300")]))
     process = batchctl.start("run-batch")
-    pid = int(
-        wait_for(lambda: (batchctl.directory / "step.pid").exists() and (batchctl.directory / "step.pid").read_text())
-    )
+    pid = batchctl.pid()
     process.kill()
     process.communicate()
     try:
@@ -192,8 +190,7 @@ def test_an_orphan_is_found_by_its_lock_or_its_marker_alone(batchctl):
     for line in ("exec env -i sleep 300", "exec 3>&- 4>&- 5>&- 6>&- 7>&- 8>&- 9>&-; sleep 300 & wait"):
         batchctl.configure(batch([("31", f"echo $$ > step.pid; {line}")], 'min_gap = "0s"'))
         process = batchctl.start("run-batch")
-        path = batchctl.directory / "step.pid"
-        pid = int(wait_for(lambda path=path: path.exists() and path.read_text()))
+        pid = batchctl.pid()
         time.sleep(0.5)
         process.kill()
         process.communicate()
@@ -204,14 +201,13 @@ def test_an_orphan_is_found_by_its_lock_or_its_marker_alone(batchctl):
         finally:
             os.killpg(pid, signal.SIGKILL)
         wait_for(lambda pid=pid: gone(pid))
-        path.unlink()
+        (batchctl.directory / "step.pid").unlink()
 
 
 def test_what_a_dead_run_left_is_never_ignored(batchctl):
     batchctl.configure(batch([("31", "echo $$ > step.pid; exec sleep 300")], 'leftovers = "ignore"'))
     process = batchctl.start("run-batch")
-    path = batchctl.directory / "step.pid"
-    pid = int(wait_for(lambda: path.exists() and path.read_text()))
+    pid = batchctl.pid()
     process.kill()
     process.communicate()
     try:
@@ -227,8 +223,7 @@ def test_what_a_dead_run_left_is_never_ignored(batchctl):
 def test_a_crash_keeps_every_from_nothing(batchctl):
     batchctl.configure(batch([("31", "echo $$ > step.pid; exec sleep 300")], 'every = "48h"'))
     process = batchctl.start("run-batch")
-    path = batchctl.directory / "step.pid"
-    pid = int(wait_for(lambda: path.exists() and path.read_text()))
+    pid = batchctl.pid()
     process.kill()
     process.communicate()
     os.kill(pid, signal.SIGKILL)

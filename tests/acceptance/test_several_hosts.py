@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 import json
-import shutil
 import sys
-import tempfile
 from dataclasses import replace
-from pathlib import Path
 
 import psycopg
 import pytest
 from psycopg.conninfo import make_conninfo
 from support import Command, batch, gone, wait_for
-
-from batchctl.clock import SystemClock
-from batchctl.state.embedded import EmbeddedServer
 
 # The program with a heart that beats faster, so that a lease of five minutes is one of seconds.
 FAST_HEART = """
@@ -52,17 +46,6 @@ def execute(url, statement):
 @pytest.fixture
 def other(batchctl, tmp_path_factory):
     return replace(batchctl, directory=tmp_path_factory.mktemp("other"))
-
-
-@pytest.fixture
-def own_server():
-    """A server that the test may stop, below a path that is short enough for its socket."""
-    directory = Path(tempfile.mkdtemp(prefix="bc-", dir="/tmp"))
-    server = EmbeddedServer(directory / "server", SystemClock())
-    server.start()
-    yield server
-    server.stop()
-    shutil.rmtree(directory)
 
 
 def test_a_lease_is_prolonged_by_the_heartbeat(batchctl, other):
@@ -122,10 +105,8 @@ def test_a_claim_that_lasts_as_long_as_the_run_may(batchctl, other):
         host.configure(batch([("31", WAITS)], 'timeout = "1h"\ngrace = "10s"'))
     process = batchctl.start("run-batch")
     started(batchctl)
-    seconds = execute(batchctl.url, "SELECT extract(epoch FROM claimed_until - started_at)::int FROM batchctl.run")[0][
-        0
-    ]
-    assert seconds == 3600 + 10 + 60
+    lasts = execute(batchctl.url, "SELECT extract(epoch FROM claimed_until - started_at)::int FROM batchctl.run")
+    assert lasts == [(3600 + 10 + 60,)]
     process.kill()
     process.communicate()
     assert other.json("run-batch", code=75)["reason"] == "running_elsewhere"

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import psycopg
 import pytest
-from support import batch, gone, wait_for
+from support import NOWHERE, batch, gone, wait_for
 
 from batchctl.guard.identity import identify
 
@@ -112,7 +112,7 @@ def test_a_run_can_be_stopped_without_its_database(batchctl):
     batchctl.configure(batch([("31", WAITS)]))
     process = batchctl.start("run-batch", "--json")
     started(batchctl)
-    batchctl.environment = {"BATCHCTL_DATABASE_URL": "postgresql://nobody@127.0.0.1:1/none"}
+    batchctl.environment = {"BATCHCTL_DATABASE_URL": NOWHERE}
     batchctl("stop")
     assert ended(process)[0] == 143
     # Whether something runs elsewhere cannot be told without it.

@@ -79,12 +79,6 @@ def namespace(*mounts: str):
         process.communicate()
 
 
-def started(batchctl, name="step.pid"):
-    """Wait until the step has written its process id, and return it."""
-    path = batchctl.directory / name
-    return int(wait_for(lambda: path.exists() and path.read_text().strip(), what=name))
-
-
 def runs(url):
     with psycopg.connect(url) as connection:
         return connection.execute("SELECT outcome FROM batchctl.run ORDER BY started_at").fetchall()
@@ -147,7 +141,7 @@ def test_two_private_tmps_are_two_hosts(batchctl):
     with namespace(private) as one, namespace(private) as two:
         first, second = (replace(batchctl, program=each.program) for each in (one, two))
         process = first.start("run-batch", "--json")
-        step = started(batchctl)
+        step = batchctl.pid()
         try:
             # From the other namespace, and from outside, where /tmp is the machine's own.
             for other in (second, batchctl):
@@ -282,7 +276,7 @@ def test_a_command_that_cannot_be_started(batchctl, command, code):
 def test_under_nohup_the_end_of_the_terminal_ends_nothing(batchctl):
     batchctl.configure(batch([("31", "echo $$ > step.pid; while ! test -e over; do sleep 0.05; done")]))
     process = batchctl.start("run-batch", preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
-    step = started(batchctl)
+    step = batchctl.pid()
     for _ in range(2):
         process.send_signal(signal.SIGHUP)
         os.kill(step, signal.SIGHUP)
@@ -361,7 +355,7 @@ def test_two_terminals_at_once(batchctl):
 def test_a_terminal_ends_the_run_and_its_step(batchctl, how):
     batchctl.configure(batch([("31", "echo $$ > step.pid; exec sleep 300"), ("32", "true")]))
     terminal = Terminal(batchctl, "run-batch")
-    step = started(batchctl)
+    step = batchctl.pid()
     if how == "Ctrl-C":
         os.write(terminal.master, b"\x03")
     else:
@@ -377,7 +371,7 @@ def test_a_terminal_ends_the_run_and_its_step(batchctl, how):
 def test_a_run_that_does_not_mind_goes_on_without_its_terminal(batchctl):
     batchctl.configure(batch([("31", "echo $$ > step.pid; while ! test -e over; do sleep 0.05; done"), ("32", "true")]))
     terminal = Terminal(batchctl, "run-batch", ignored=signal.SIGHUP)
-    started(batchctl)
+    batchctl.pid()
     terminal.hang_up()
     (batchctl.directory / "over").touch()
     assert terminal.finish()[0] == 0
@@ -414,7 +408,7 @@ def test_an_orphan_is_found_whatever_the_time_since_boot_seems_to_be(batchctl):
         skip_or_fail("no time namespaces here")
     batchctl.configure(batch([("31", "echo $$ > step.pid; exec sleep 300")]))
     process = batchctl.start("run-batch")
-    step = started(batchctl)
+    step = batchctl.pid()
     shift = ("unshare", "--time", f"--boottime={DAY_SECONDS}", f"--monotonic={DAY_SECONDS}", "--fork", "--")
     shifted = replace(batchctl, program=(*shift, str(PROGRAM)))
     try:
@@ -436,7 +430,7 @@ def test_a_clock_that_is_set_while_a_run_goes_on(batchctl, moved, days):
     command, seconds = moved
     batchctl.configure(batch([("31", "echo $$ > step.pid; while ! test -e over; do sleep 0.05; done"), ("32", "true")]))
     process = command.start("run-batch", "--json")
-    started(batchctl)
+    batchctl.pid()
     seconds.write_text(str(days * DAY_SECONDS))
     skipped = command.json("run-batch", code=75)
     assert (skipped["reason"], skipped["holder"]["pid"]) == ("running", process.pid)

@@ -61,7 +61,7 @@ def winners(round_):
 @pytest.fixture
 def rounds(request, server):
     # The guards are the same on every server; one of them sees all rounds.
-    return request.config.getoption("start_rounds", 50) if server._binaries is None else 3
+    return request.config.getoption("start_rounds") if server._binaries is None else 3
 
 
 def test_of_64_starts_on_two_hosts_one_runs(hosts, rounds):
