@@ -183,7 +183,7 @@ def test_wrong_wishes(batchctl):
 
 
 def test_the_guards_hold_for_a_run_that_goes_on(batchctl):
-    steps = [("31", "touch first; test -e repaired && exec sleep 3; exit 1")]
+    steps = [("31", "touch first; test -e repaired || exit 1; while ! test -e go; do sleep 0.05; done")]
     batchctl.configure(batch(steps))
     batchctl("run-batch", code=1)
     batchctl.configure(batch(steps, "enabled = false"))
@@ -195,6 +195,7 @@ def test_the_guards_hold_for_a_run_that_goes_on(batchctl):
     wait_for((batchctl.directory / "first").exists)
     for options in ([], ["--resume"]):
         assert batchctl.json("run-batch", *options, code=75)["reason"] == "running"
+    (batchctl.directory / "go").touch()
     stdout, _ = process.communicate(timeout=30)
     assert json.loads(stdout)["outcome"] == "success"
 

@@ -91,7 +91,7 @@ def test_a_retry_is_not_begun_once_the_run_is_to_stop(batchctl):
     ("option", "expected"), [([], "stopped"), (["--now"], "stopped"), (["--after-step"], "success")]
 )
 def test_stop_from_another_host(batchctl, tmp_path_factory, option, expected):
-    batchctl.configure(batch([("31", STUBBORN if option == ["--now"] else WAITS), ("32", "true")], 'grace = "20s"'))
+    batchctl.configure(batch([("31", STUBBORN if option == ["--now"] else WAITS), ("32", "true")], 'grace = "1h"'))
     other = replace(batchctl, directory=tmp_path_factory.mktemp("other"))
     other.configure(batch([("31", "true")]))
     process = replace(batchctl, program=(sys.executable, "-c", FAST_HEART)).start("run-batch", "--json")
@@ -99,8 +99,8 @@ def test_stop_from_another_host(batchctl, tmp_path_factory, option, expected):
     done = other("stop", "-v", *option)
     assert "it looks every 60 s" in done.stdout
     if option == ["--after-step"]:
+        wait_for(lambda: "to end (after step)" in batchctl.log)
         with psycopg.connect(batchctl.url) as connection:
-            wait_for(lambda: "to end (after step)" in batchctl.log)
             assert connection.execute("SELECT stop_requested FROM batchctl.run").fetchone() == ("after_step",)
         (batchctl.directory / "go_on").touch()
     code, outcome, steps, reason = ended(process)
