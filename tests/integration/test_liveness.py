@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,7 +20,7 @@ from support import gone, skip_or_fail, wait_for
 from batchctl.batch.output import cut
 from batchctl.clock import SystemClock
 from batchctl.errors import ConfigurationError
-from batchctl.guard import ending, lock
+from batchctl.guard import ending, lock, run_locks
 from batchctl.guard.ending import end_processes, send, with_descendants
 from batchctl.guard.identity import ProcessIdentity, boot_id, identify, running, start_ticks
 from batchctl.guard.liveness import RUN_MARKER, Recorded, find_orphans, forget_runs
@@ -121,8 +122,9 @@ def test_one_that_closed_the_lock_is_found_by_its_mark(steps):
     assert [orphan.pid for orphan in steps.find()] == [daemon]
 
 
-def test_what_ends_right_after_the_step_is_not_left(steps):
-    process, step = steps.start("sleep 0.2 & exit 0")
+def test_what_ends_right_after_the_step_is_not_left(steps, monkeypatch):
+    monkeypatch.setattr(run_locks, "LINGER_SECONDS", 30)
+    process, step = steps.start("sleep 1 & exit 0")
     process.wait()
     assert step.release() is True
     assert steps.locks.leftovers("default", "31") == []
@@ -289,7 +291,7 @@ def test_what_proc_hides_counts_only_while_its_lock_is_held():
     probe = ["unshare", "-m", "mount", "-o", "remount,hidepid=2", "/proc"]
     if subprocess.run(probe, capture_output=True, check=False).returncode:
         skip_or_fail("the kernel refuses a /proc of one's own")
-    directory = Path(subprocess.run(["mktemp", "-d"], capture_output=True, text=True, check=True).stdout.strip())
+    directory = Path(tempfile.mkdtemp())
     steps = Steps(directory)
     try:
         process, _ = steps.start("exec sleep 60", marked=True)
