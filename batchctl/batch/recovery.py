@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from batchctl.state.host import Host
     from batchctl.state.store import Store, StoredRun
 
-CRASHED = "batchctl died before it could record an end"
 FORCED = "closed by `batchctl recover --force`: its host is gone"
 ASK_SECONDS = 10.0
 """How long the database may take to name the processes that were recorded."""
@@ -210,7 +209,7 @@ class Recovery:
                 f"{_named(run)} is not closed: {run.hostname} may be at work until {until}, when its claim is over; "
                 f"if that host is gone for good: `batchctl recover {run_id} --force`"
             )
-        if not store.close(run, FORCED if claimed else CRASHED):
+        if not store.close(run, FORCED if claimed else None):
             raise NotRecoveredError(f"{_named(run)} is not closed: it has just changed; look again")
         if own:
             forget_runs(state_dir, run.batch, {orphan.run_id for orphan in orphans})

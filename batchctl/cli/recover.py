@@ -56,7 +56,9 @@ def recover(
     from batchctl.state.host import this_host
 
     if force and run is None:
-        raise UsageError("--force says that one particular host is gone, so it needs the RUN; `batchctl history`")
+        raise UsageError(
+            "--force says that one particular host is gone, so it needs the RUN; `batchctl history` lists them"
+        )
     recovery = Recovery(
         session.configuration,
         session.connect,

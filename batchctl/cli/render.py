@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 STEP_KEYS = (
     "account", "step", "group", "outcome", "exit_code", "signal", "attempts", "duration_seconds", "quantity", "log"
 )  # fmt: skip
-
-
 ORPHAN_KEYS = ("run_id", "pid", "what", "account", "step", "command", "run_ended")
 
 

@@ -84,14 +84,13 @@ def end_processes(
     return left
 
 
-def wait_gone(processes: Iterable[Running], seconds: float, clock: Clock) -> bool:
-    """Wait until none of them runs any more, or the time is over; return whether none does."""
+def wait_gone(processes: Iterable[Running], seconds: float, clock: Clock) -> None:
+    """Wait until none of them runs any more, or the time is over."""
     give_up = clock.monotonic() + seconds
     left = [process for process in processes if _runs(process)]
     while left and clock.monotonic() < give_up:
         _wait_for_one(left[:MOST_DESCRIPTORS], give_up - clock.monotonic(), clock)
         left = [process for process in left if _runs(process)]
-    return not left
 
 
 def _wait_for_one(processes: list[Running], seconds: float, clock: Clock) -> None:

@@ -40,7 +40,8 @@ class Orphan(NamedTuple):
         account: None if that is not known, as the step.
         step: None also for the batchctl of a run.
         command: Name of the program; None if it is hidden.
-        run_ended: True if the run came to an end by itself, so that this was left on purpose.
+        run_ended: True if the run came to an end by itself, so that this was left on purpose; False if it died, or
+            could not end this.
         start_ticks: Tells the process from a later one of the same number; 0 if that is not known.
         user: Whose it is; None if that is not known.
     """

@@ -268,12 +268,12 @@ class Store:
         row = self.session.fetch_one("run.one", run_id=run_id)
         return row and StoredRun(*row)
 
-    def close(self, run: StoredRun, reason: str) -> bool:
+    def close(self, run: StoredRun, reason: str | None = None) -> bool:
         """Close a run that is known to be dead as crashed; return whether it was still live.
 
         Args:
             run: The run.
-            reason: What is known of its end, in words.
+            reason: What is known of its end, in words; None if no more than that it died.
         """
         session = self.session
         with session.bounded():
@@ -282,7 +282,7 @@ class Store:
             live = self.live(run.batch)
             if live is None or live.run_id != run.run_id:
                 return False
-            session.fetch("run.close_dead", batch=run.batch, host=run.host, reason=reason)
+            session.fetch("run.close_dead", batch=run.batch, host=run.host, reason=reason or CRASHED)
             return True
 
     def estimate_seconds(self, job: str) -> float | None:

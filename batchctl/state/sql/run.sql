@@ -20,7 +20,7 @@ RETURNING job;
 WITH dead AS (
     UPDATE {schema}.run SET outcome = 'crashed', reason = %(reason)s
     WHERE batch = %(batch)s AND outcome IS NULL AND (host = %(host)s OR claimed_until < clock_timestamp())
-    RETURNING run_id, host, hostname, pid
+    RETURNING run_id
 ), steps AS (
     UPDATE {schema}.step_run SET outcome = 'crashed'
     WHERE outcome IS NULL AND run_id IN (SELECT run_id FROM dead)
@@ -33,11 +33,11 @@ WITH dead AS (
     )
     WHERE last_run_id IN (SELECT run_id FROM dead)
 )
-SELECT run_id, hostname, pid FROM dead;
+SELECT run_id FROM dead;
 
 -- name: live
 -- The live run of a batch, wherever it is.
-SELECT run_id, host, hostname, pid, pid_start_ticks, boot_id, started_at, claimed_until
+SELECT run_id, host, hostname, pid, pid_start_ticks, boot_id, started_at
 FROM {schema}.run WHERE batch = %(batch)s AND outcome IS NULL;
 
 -- name: one
@@ -157,7 +157,7 @@ UPDATE {schema}.run SET stop_requested = %(how)s WHERE run_id = %(run_id)s AND o
 
 -- name: resumable
 -- The run that --resume means: the named one, else the latest without success that no later success has made up for.
-SELECT run_id, job, groups, accounts, steps, outcome, resumed, started_at
+SELECT run_id, job, accounts, steps, outcome, resumed
 FROM {schema}.run r
 WHERE batch = %(batch)s AND (%(job)s::text IS NULL OR job = %(job)s)
   AND CASE WHEN %(run_id)s::text IS NOT NULL THEN run_id = %(run_id)s
