@@ -17,6 +17,7 @@ from batchctl.guard.liveness import Orphan, Recorded, find_orphans, forget_runs,
 from batchctl.guard.pause import lifted_by
 from batchctl.logs import elapsed, shown
 from batchctl.schedule.cron import inside_hours, next_inside_hours
+from batchctl.state.claim import ClaimRequest
 
 if TYPE_CHECKING:
     import logging
@@ -28,9 +29,10 @@ if TYPE_CHECKING:
     from batchctl.clock import Clock
     from batchctl.config import Batch, Configuration
     from batchctl.guard.lock import Holder
+    from batchctl.state.claim import Claim, JobState, LiveRun
     from batchctl.state.host import Host
     from batchctl.state.journal import Journal
-    from batchctl.state.store import Claim, ClaimRequest, JobState, LiveRun, Store
+    from batchctl.state.store import Store
 
 
 CLAIM_MARGIN = timedelta(seconds=60)
@@ -45,13 +47,11 @@ class State:
         connect: Opens a store for a block.
         journal: Keeps what the database cannot be told.
         host: This host.
-        request: Makes a claim.
     """
 
     connect: Callable[..., AbstractContextManager[Store]]
     journal: Journal
     host: Host
-    request: type[ClaimRequest]
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ class Guards:
     ) -> Skip | Claim:
         plan = work.plan
         claim = store.claim(
-            state.request(
+            ClaimRequest(
                 run_id=run_id,
                 resumed=work.resumed,
                 batch=plan.batch,

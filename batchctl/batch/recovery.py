@@ -25,8 +25,9 @@ if TYPE_CHECKING:
     from batchctl.clock import Clock
     from batchctl.config import Configuration
     from batchctl.guard.identity import Running
+    from batchctl.state.claim import StoredRun
     from batchctl.state.host import Host
-    from batchctl.state.store import Store, StoredRun
+    from batchctl.state.store import Store
 
 FORCED = "closed by `batchctl recover --force`: its host is gone"
 ASK_SECONDS = 10.0

@@ -99,9 +99,8 @@ class Session:
         """Load what a batch needs of the database."""
         from batchctl.batch.guards import State
         from batchctl.state.host import this_host
-        from batchctl.state.store import ClaimRequest
 
-        return State(self.connect, self.journal, this_host(self.configuration.state_dir), ClaimRequest)
+        return State(self.connect, self.journal, this_host(self.configuration.state_dir))
 
     def logger(self, name: str) -> logging.Logger:
         """Make the logger of a batch or rollup; a later error goes through it too."""

@@ -31,7 +31,7 @@ from batchctl.errors import MEANING, ConfigurationError, ExitCode
 from batchctl.guard.lock import Holder
 from batchctl.rollup.definition import read_definitions
 from batchctl.schedule import cron
-from batchctl.state.store import JobState
+from batchctl.state.claim import JobState
 
 pytestmark = pytest.mark.any_user
 
