@@ -67,8 +67,8 @@ def test_what_a_failed_attempt_left_is_ended_before_the_next_step(embedded_batch
     result = batchctl.json("run-batch", code=3)
     assert [step["outcome"] for step in result["steps"]] == ["failed", "success"]
     assert result["steps"][0]["exit_code"] == 3
-    assert gone(read_pid(batchctl, "daemon"))
-    assert gone(read_pid(batchctl, "detached"))
+    assert gone(batchctl.pid("daemon"))
+    assert gone(batchctl.pid("detached"))
     assert (batchctl.directory / "asked").exists(), "it was asked before it was killed"
     assert not (batchctl.directory / "beside").exists()
     assert batchctl.json("orphans")["orphans"] == []
