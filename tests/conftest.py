@@ -71,11 +71,12 @@ def pytest_generate_tests(metafunc):
 
 
 @pytest.fixture(scope="session")
-def server(request, tmp_path_factory):
+def server(request):
     """A running server of each kind; its parameters as libpq keywords."""
     if request.param == "missing":
         skip_or_fail("no PostgreSQL of the distribution in /usr/lib/postgresql")
-    running = EmbeddedServer(tmp_path_factory.mktemp("server") / "postgresql", SystemClock(), request.param)
+    directory = short_directory()
+    running = EmbeddedServer(directory / "postgresql", SystemClock(), request.param)
     try:
         running.start()
         with psycopg.connect(**running.connection_parameters(), autocommit=True) as connection:
@@ -89,6 +90,12 @@ def server(request, tmp_path_factory):
         yield running
     finally:
         running.stop()
+        shutil.rmtree(directory)
+
+
+def short_directory() -> Path:
+    """Make a directory whose path is short enough for a socket that other processes are to find."""
+    return Path(tempfile.mkdtemp(prefix="bc-", dir="/tmp"))
 
 
 @pytest.fixture(autouse=True)
@@ -126,7 +133,7 @@ def batchctl(tmp_path, database_url):
 @pytest.fixture
 def own_server():
     """A server that the test may stop, with all its durability, at a path that is short enough for a socket."""
-    directory = Path(tempfile.mkdtemp(prefix="bc-", dir="/tmp"))
+    directory = short_directory()
     server = EmbeddedServer(directory / "server", SystemClock())
     try:
         server.start()
