@@ -6,7 +6,7 @@ import threading
 from datetime import timedelta
 from typing import TYPE_CHECKING, Self
 
-from batchctl.batch.interruption import ASKED, Stop
+from batchctl.batch.interruption import Stop
 from batchctl.errors import BatchctlError
 
 if TYPE_CHECKING:
@@ -102,21 +102,8 @@ class Heartbeat:
             return
         self._heard_at = began
         if heard.stop_requested is not None:
-            self._ask(Stop(heard.stop_requested))
-
-    def _ask(self, how: Stop) -> None:
-        interruption = self._interruption
-        asked = {
-            Stop.AFTER_STEP: interruption.asked,
-            Stop.STOP: interruption.count > 0,
-            Stop.NOW: interruption.count > 1,
-        }
-        if asked[how]:
-            return
-        self._log.warning("Another host asks this run to end (%s)", how.value.replace("_", " "))
-        interruption.request(how, ASKED)
+            self._interruption.ask(Stop(heard.stop_requested))
 
     def _end(self, reason: str) -> None:
         if self._interruption.count == 0:
-            self._log.error("The run ends itself: %s", reason)
             self._interruption.request(Stop.STOP, reason)

@@ -18,9 +18,14 @@ class Stop(StrEnum):
     AFTER_STEP = "after_step"
     NOW = "now"
 
+    @property
+    def words(self) -> str:
+        """Say it for people."""
+        return {Stop.STOP: "now, with grace", Stop.AFTER_STEP: "after its step", Stop.NOW: "at once"}[self]
 
-STOP_SIGNALS = {Stop.STOP: signal.SIGTERM, Stop.AFTER_STEP: signal.SIGUSR1, Stop.NOW: signal.SIGUSR2}
-"""By which signal `stop` asks a run of its own host."""
+
+STOP_SIGNALS = {Stop.STOP: signal.SIGRTMIN + 1, Stop.AFTER_STEP: signal.SIGUSR1, Stop.NOW: signal.SIGUSR2}
+"""By which signal `stop` asks a run of its own host: none that anybody else sends."""
 ASKED = "`batchctl stop` asked for it"
 
 
@@ -33,16 +38,24 @@ class Interruption:
         self.reason: str | None = None
         self.count = 0
         self.after_step = False
+        self.told: Callable[[Stop, str], None] = lambda _how, _reason: None
+        """Called for each wish that changes something."""
 
     def receive(self, number: int) -> None:
-        """Take a signal."""
+        """Take a signal: one of those of `stop`, or the usual ones, of which the second one ends the grace."""
         for how, expected in STOP_SIGNALS.items():
-            if number == expected and how is not Stop.STOP:
-                self.request(how, ASKED)
+            if number == expected:
+                self.ask(how)
                 return
         with self.condition:
             self.signal = self.signal or number
-        self.request(Stop.STOP, f"batchctl received signal {number}")
+        self.request(Stop.STOP, f"batchctl received signal {number} ({signal.Signals(number).name})")
+
+    def ask(self, how: Stop) -> None:
+        """Take a wish of `stop`; one that asks for no more than was asked before changes nothing."""
+        known = {Stop.AFTER_STEP: self.asked, Stop.STOP: self.count > 0, Stop.NOW: self.count > 1}
+        if not known[how]:
+            self.request(how, ASKED)
 
     def request(self, how: Stop, reason: str) -> None:
         """Ask for the end; a second request cuts the grace of the steps short."""
@@ -52,7 +65,9 @@ class Interruption:
                 self.after_step = True
             else:
                 self.count += 2 if how is Stop.NOW else 1
+            at_once = self.count > 1
             self.condition.notify_all()
+        self.told(Stop.NOW if at_once else how, reason)
 
     @property
     def asked(self) -> bool:

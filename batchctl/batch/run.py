@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
+from batchctl.batch.attempt import RunSetting
 from batchctl.batch.heartbeat import Heartbeat
+from batchctl.batch.interruption import Stop
 from batchctl.batch.record import Recorder
 from batchctl.batch.result import RunResult, StepResult
-from batchctl.batch.runner import Runner, RunSetting
+from batchctl.batch.runner import Runner
 from batchctl.errors import BatchctlError
 from batchctl.guard.liveness import listed
 from batchctl.logs import elapsed, shown
@@ -90,6 +92,7 @@ class Run:
         outcome: str = "failed"
         reason: str | None = None
         steps: tuple[StepResult, ...] = ()
+        self.interruption.told = self._say_asked
         try:
             self._announce()
             runner = Runner(
@@ -140,6 +143,11 @@ class Run:
             message=f"Run finished: {outcome} in {elapsed(duration)}",
             signal=self.interruption.signal,
         )
+
+    def _say_asked(self, how: Stop, reason: str) -> None:
+        level = self.guards.log.warning if how is Stop.AFTER_STEP else self.guards.log.error
+        grace = f" ({self.guards.batch.grace}; a second signal, or `batchctl stop --now`, ends it)"
+        level("The run is to end %s%s: %s", how.words, grace if how is Stop.STOP else "", reason)
 
     def _completed(self, steps: Iterable[StepResult]) -> list[str]:
         """Name the jobs for which this completion counts: a group of which nothing has run has not taken part."""

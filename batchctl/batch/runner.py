@@ -2,64 +2,28 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from datetime import timedelta
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from batchctl.batch.output import OutputCap
-from batchctl.batch.plan import PlannedStep, fill
-from batchctl.batch.process import Child, Command, Ending, run_child
+from batchctl.batch.attempt import Attempts
 from batchctl.batch.result import StepResult
-from batchctl.errors import BatchctlError
-from batchctl.guard.liveness import listed
-from batchctl.paths import private_directory
 
 if TYPE_CHECKING:
     import logging
-    from collections.abc import Callable, Mapping
-    from datetime import datetime
-    from pathlib import Path
+    from collections.abc import Callable
 
+    from batchctl.batch.attempt import RunSetting
     from batchctl.batch.interruption import Interruption
-    from batchctl.batch.plan import AccountPlan
+    from batchctl.batch.plan import AccountPlan, PlannedStep
+    from batchctl.batch.process import Ending
     from batchctl.batch.record import Recorder
     from batchctl.batch.resume import Work
     from batchctl.clock import Clock
-    from batchctl.config import Batch
-    from batchctl.guard.run_locks import RunLocks, StepLock
 
-LOOKED_AFTER_SECONDS = 1.0
-"""From how long on a step is worth a look through all processes for what it left: shorter ones come in hundreds."""
 RETRY_SECONDS, RETRY_LONGEST_SECONDS = 10.0, 600.0
 """The delay before the first retry, doubled for each further one up to the longest."""
-
-
-@dataclass(frozen=True)
-class RunSetting:
-    """What a run needs besides its plan.
-
-    Args:
-        batch: The configuration.
-        run_id: Its id.
-        directory: Working directory of the steps.
-        log_dir: Directory for the output of this run's steps.
-        locks: What each step inherits, one for each attempt.
-        deadline: When the whole run is over, by the monotonic clock.
-        deadline_at: The same as an instant, for the steps to know.
-        environment: What the steps inherit.
-    """
-
-    batch: Batch
-    run_id: str
-    directory: Path
-    log_dir: Path
-    locks: RunLocks
-    deadline: float
-    deadline_at: datetime
-    environment: Mapping[str, str]
 
 
 class Runner:
@@ -79,12 +43,14 @@ class Runner:
         self._plan = plan = work.plan
         self._attempts_before = work.attempts
         self._setting = setting
-        self._recorder = recorder
+        self._attempts = Attempts(
+            plan.batch, setting, recorder=recorder, clock=clock, interruption=interruption, log=log
+        )
         self._clock = clock
         self._interruption = interruption
         self._log = log
         self._watch = watch
-        self.output = OutputCap(setting.batch.output_cap, log)
+        self.output = self._attempts.output
         self._guard = threading.Lock()
         self._stopped_by_policy = False
         self._cut_off = False
@@ -180,114 +146,9 @@ class Runner:
             self._interruption.look()
 
     def _attempt(self, step: PlannedStep, attempt: int) -> Ending:
-        setting = self._setting
-        log_path = setting.log_dir / step.account / f"{step.step}.log"
-        key = {"account": step.account, "step": step.step, "attempt": attempt}
-        known = {"group": step.group, "quantity": step.quantity, "log": str(log_path), "config_hash": step.config_hash}
-        began = self._clock.monotonic()
-
-        def started(child: Child) -> None:
-            self._recorder.write(
-                "step_started", {**key, **known, "pid": child.pid, "pid_start_ticks": child.start_ticks}
-            )
-
+        log_path = self._setting.log_dir / step.account / f"{step.step}.log"
         self._update(step, attempts=attempt, log=str(log_path), running=True)
-        try:
-            lock = setting.locks.step(step.account, step.step, attempt)
-            try:
-                ending = self._execute(step, attempt, lock, log_path, started)
-            finally:
-                left = lock.release()
-            self._name_leftovers(step, ending, seen=left or self._clock.monotonic() - began >= LOOKED_AFTER_SECONDS)
-        except BatchctlError as error:
-            ending = Ending("failed", reason=f"cannot be started: {error}")
-        except Exception as error:  # noqa: BLE001 - whatever becomes of one step, the others and the accounts go on
-            ending = Ending("failed", reason=f"a bug in batchctl: {type(error).__name__}: {error}")
-        values: dict[str, Any] = {"outcome": ending.outcome, "reason": ending.reason}
-        values |= {"exit_code": ending.exit_code, "signal": ending.signal}
-        duration = timedelta(seconds=self._clock.monotonic() - began)
-        self._recorder.write("step_finished", {**key, **known, **values, "duration": duration})
-        return ending
-
-    def _execute(
-        self, step: PlannedStep, attempt: int, lock: StepLock, log_path: Path, started: Callable[[Child], None]
-    ) -> Ending:
-        setting = self._setting
-        output = self._open_output(step, log_path)
-        try:
-            return run_child(
-                Command(
-                    arguments=[
-                        fill(text, batch=self._plan.batch, run_id=setting.run_id, step=step) for text in step.command
-                    ],
-                    directory=setting.directory,
-                    environment=self._environment(step, attempt),
-                    output=output,
-                    lock=lock,
-                ),
-                timeouts=[
-                    (step.timeout.total_seconds(), f"ran longer than its timeout of {step.timeout}"),
-                    (
-                        setting.deadline - self._clock.monotonic(),
-                        f"the whole run reached its timeout of {setting.batch.timeout}",
-                    ),
-                ],
-                grace=setting.batch.grace.total_seconds(),
-                interruption=self._interruption,
-                clock=self._clock,
-                started=started,
-            )
-        finally:
-            os.close(output)
-            self.output.finish(log_path)
-
-    def _open_output(self, step: PlannedStep, path: Path) -> int:
-        try:
-            private_directory(path.parent)
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o600)
-        except (BatchctlError, OSError) as error:
-            # A full disk must not end a batch of 26 hours; the step may not even need it.
-            why = getattr(error, "strerror", None) or error
-            self._log.error(
-                "Step %s of account %s: its output is lost, %s cannot be written: %s",
-                *(step.step, step.account, path, why),
-            )
-            return os.open(os.devnull, os.O_WRONLY)
-        self.output.register(path)
-        return descriptor
-
-    def _name_leftovers(self, step: PlannedStep, ending: Ending, *, seen: bool) -> None:
-        if not seen:
-            return
-        locks = self._setting.locks
-        try:
-            left = locks.leftovers(step.account, step.step)
-        except BatchctlError as error:
-            self._log.error("What step %s of account %s left alive cannot be told: %s", step.step, step.account, error)
-            return
-        if not left:
-            return
-        if ending.outcome != "success":
-            locks.unfinished = True
-            self._log.error(
-                "Step %s of account %s: these could not be ended: %s", step.step, step.account, listed(left)
-            )
-        else:
-            self._log.warning("Step %s of account %s left processes alive: %s", step.step, step.account, listed(left))
-
-    def _environment(self, step: PlannedStep, attempt: int) -> Mapping[str, str]:
-        return {
-            **self._setting.environment,
-            **step.env,
-            "BATCHCTL_BATCH": self._plan.batch,
-            "BATCHCTL_ACCOUNT": step.account,
-            "BATCHCTL_STEP": step.step,
-            "BATCHCTL_GROUP": step.group or "",
-            "BATCHCTL_QUANTITY": str(step.quantity),
-            "BATCHCTL_RUN_ID": self._setting.run_id,
-            "BATCHCTL_ATTEMPT": str(attempt),
-            "BATCHCTL_DEADLINE": self._setting.deadline_at.strftime("%Y-%m-%dT%H:%M:%SZ"),
-        }
+        return self._attempts.make(step, attempt, log_path)
 
     def _note(self, step: PlannedStep, ending: Ending, attempt: int, duration: float) -> None:
         self._update(

@@ -149,7 +149,9 @@ class Start:
         return RunResult(self.guards.name, self.guards.group, outcome, **values)
 
     def _skipped(self, skip: Skip) -> RunResult:
-        self.guards.log.warning(skip.message)
+        # A run in progress or a gap is what a schedule expects; what an earlier run left has to be looked at.
+        level = self.guards.log.error if skip.reason == "orphans" else self.guards.log.warning
+        level(skip.message)
         return self._result(
             "skipped",
             reason=skip.reason,

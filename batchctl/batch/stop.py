@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from batchctl.clock import Clock
     from batchctl.state.store import Store
 
-HOW = {Stop.STOP: "now, with grace", Stop.AFTER_STEP: "after its step", Stop.NOW: "at once"}
-
 
 def ask_to_end(
     batch: str,
@@ -58,7 +56,7 @@ def ask_to_end(
         if not store.request_stop(live.run_id, how.value):
             return f"No run of {batch} is in progress."
     return (
-        f"Asked run {live.run_id} on {live.hostname} to end {HOW[how]}; it looks every {BEAT_SECONDS:g} s, "
+        f"Asked run {live.run_id} on {live.hostname} to end {how.words}; it looks every {BEAT_SECONDS:g} s, "
         "if it reaches the database."
     )
 
@@ -68,4 +66,4 @@ def _signal(process: ProcessIdentity, how: Stop) -> str:
         send(process, STOP_SIGNALS[how])
     except PermissionError:
         raise BatchctlError(f"pid {process.pid} belongs to another user; stop it as that user, or as root") from None
-    return f"Asked the run (pid {process.pid}) to end {HOW[how]}."
+    return f"Asked the run (pid {process.pid}) to end {how.words}."

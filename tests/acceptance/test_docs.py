@@ -23,7 +23,7 @@ import typer
 from support import ROLLUP, batch, wait_for
 
 from batchctl import config, config_file
-from batchctl.batch import plan, runner
+from batchctl.batch import attempt, plan
 from batchctl.batch.guards import Guards
 from batchctl.cli import app as door
 from batchctl.cli.admin import STARTER
@@ -313,7 +313,7 @@ def test_configuration_md_has_the_tokens_and_variables_of_the_code():
     text = (REFERENCE / "configuration.md").read_text()
     tokens = re.search(r"\(([a-z_|]+)\)", plan.TOKENS.pattern)[1].split("|")
     assert re.findall(r"`\{(\w+)\}`", text) == tokens
-    given = set(re.findall(r'"(BATCHCTL_[A-Z_]+)"', Path(runner.__file__).read_text()))
+    given = set(re.findall(r'"(BATCHCTL_[A-Z_]+)"', Path(attempt.__file__).read_text()))
     read = set(re.findall(r'"(BATCHCTL_[A-Z_]+)"', Path(config_file.__file__).read_text()))
     assert set(keys(sections(REFERENCE / "configuration.md")["Environment"])) == read
     assert set(re.findall(r"BATCHCTL_[A-Z_]+", text)) == given | read

@@ -225,9 +225,9 @@ def shared(batchctl):
     directory = Path(tempfile.mkdtemp())
     directory.chmod(0o755)
     yield replace(batchctl, directory=directory)
-    pid = int((directory / "step.pid").read_text())
-    if not gone(pid):
-        os.kill(pid, signal.SIGKILL)
+    started = directory / "step.pid"
+    if started.exists() and not gone(int(started.read_text())):
+        os.kill(int(started.read_text()), signal.SIGKILL)
     shutil.rmtree(directory)
 
 

@@ -42,10 +42,23 @@ def test_stop_ends_the_step_and_the_run(batchctl):
     assert f"Asked the run (pid {process.pid}) to end" in done.stdout
     code, outcome, steps, reason = ended(process)
     assert (code, outcome, steps) == (143, "stopped", ["stopped", "not_run"])
-    assert reason == "batchctl received signal 15"
+    assert reason == "`batchctl stop` asked for it"
     # What was stopped can go on.
     (batchctl.directory / "go_on").touch()
     assert batchctl.json("run-batch", "--resume")["outcome"] == "success"
+
+
+def test_the_same_wish_twice_is_one(batchctl):
+    """Two who want it do not take the grace away; a second signal and --now do."""
+    line = "trap 'sleep 2; touch cleaned; exit 0' TERM; touch started-$BATCHCTL_STEP; while :; do sleep 0.1; done"
+    batchctl.configure(batch([("31", line)], 'grace = "1m"'))
+    process = batchctl.start("run-batch", "--json")
+    started(batchctl)
+    for _ in range(2):
+        batchctl("stop")
+    assert ended(process)[:3] == (143, "stopped", ["stopped"])
+    assert (batchctl.directory / "cleaned").exists()
+    assert batchctl.log.count("The run is to end now, with grace (1m;") == 1
 
 
 def test_stop_after_the_step_lets_it_end(batchctl):
@@ -99,7 +112,7 @@ def test_stop_from_another_host(batchctl, tmp_path_factory, option, expected):
     done = other("stop", "-v", *option)
     assert "it looks every 60 s" in done.stdout
     if option == ["--after-step"]:
-        wait_for(lambda: "to end (after step)" in batchctl.log)
+        wait_for(lambda: "The run is to end after its step" in batchctl.log)
         with psycopg.connect(batchctl.url) as connection:
             assert connection.execute("SELECT stop_requested FROM batchctl.run").fetchone() == ("after_step",)
         (batchctl.directory / "go_on").touch()
