@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from batchctl.cli.terminal import on_terminal
 from batchctl.clock import SystemClock
-from batchctl.errors import UsageError
+from batchctl.errors import UsageError, choices
 
 if TYPE_CHECKING:
     import logging
@@ -61,9 +61,9 @@ class Session:
     def definitions(self, name: str | None = None) -> tuple[Definition, ...]:
         """Return all rollups, or the named one."""
         rollups = self.configuration.rollups
-        known = ", ".join(rollups) or f"(none in {self.configuration.path})"
+        known = choices(rollups) if rollups else f"(none in {self.configuration.path})"
         if name is not None and name not in rollups:
-            raise UsageError(f"no such rollup: {name}; configured: {known}")
+            raise UsageError(f"no such rollup: {choices([name])}; configured: {known}")
         if not rollups:
             raise UsageError(f"{self.configuration.path} configures no rollup; `batchctl init` writes an example")
         return tuple(self._definitions.values()) if name is None else (self._definitions[name],)
@@ -119,13 +119,13 @@ class Session:
     def only_batch(self, name: str | None) -> str:
         """Return the batch that is meant: the named one, or the only one."""
         batches = self.configuration.batches
-        known = ", ".join(batches) or f"(none in {self.configuration.path})"
+        known = choices(batches) if batches else f"(none in {self.configuration.path})"
         if name is None:
             if len(batches) != 1:
                 raise UsageError(f"which batch? Configured: {known}")
             return next(iter(batches))
         if name not in batches:
-            raise UsageError(f"no such batch: {name}; configured: {known}")
+            raise UsageError(f"no such batch: {choices([name])}; configured: {known}")
         return name
 
     @property
