@@ -135,9 +135,13 @@ def main() -> NoReturn:
     try:
         app(prog_name="batchctl")
     except BatchctlError as error:
-        _complain(str(error))
-        sys.exit(error.exit_code)
+        said = session.explained(error.__cause__) or error
+        _complain(str(said))
+        sys.exit(said.exit_code)
     except Exception as error:  # the boundary: what nobody expected is a bug, said in one line
+        if known := session.explained(error):
+            _complain(str(known))
+            sys.exit(known.exit_code)
         if session.verbosity > 1:
             raise
         _complain(f"a bug in batchctl: {type(error).__name__}: {error}; -vv shows where")

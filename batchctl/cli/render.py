@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as json_module
+import shlex
 import sys
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
@@ -81,6 +82,8 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 def plan(work: Work, *, json: bool) -> None:
     """Print what a run would do."""
+    from batchctl.batch.plan import fill
+
     planned = work.plan
     steps = [step for step in planned.steps if (step.account, step.step) not in work.done]
     if json:
@@ -89,8 +92,17 @@ def plan(work: Work, *, json: bool) -> None:
         told = [{key: getattr(step, key) for key in keys} for step in steps]
         document({"batch": planned.batch, "group": group, "run_id": work.run_id, "steps": told})
         return
+    # There is no run yet, and so no id of it, unless one is continued.
+    known = {"batch": planned.batch, "run_id": work.run_id or "{run_id}"}
     rows = [
-        (step.account, step.step, step.group or "", str(step.quantity), elapsed(step.timeout), " ".join(step.command))
+        (
+            step.account,
+            step.step,
+            step.group or "",
+            str(step.quantity),
+            elapsed(step.timeout),
+            shlex.join(fill(text, step=step, **known) for text in step.command),
+        )
         for step in steps
     ]
     table(("account", "step", "group", "quantity", "timeout", "command"), rows)
@@ -170,11 +182,13 @@ def status(statuses: Sequence[JobStatus], *, zone: tzinfo, json: bool) -> None:
 
 
 def _state(job: JobStatus) -> str:
-    state = f"running (pid {job.pid} on {job.host})" if job.state == "running" else job.state
-    if job.paused and job.state == "running":
-        return f"{state}, paused"
-    # What is not paused itself says on whose account it is.
-    return f"{state} ({', '.join(job.paused)})" if job.paused and job.job not in job.paused else state
+    notes = [] if job.enabled else ["disabled"]
+    if job.state == "running":
+        return ", ".join((f"running (pid {job.pid} on {job.host})", *(["paused"] if job.paused else []), *notes))
+    if job.paused and job.job not in job.paused:
+        # What is not paused itself says on whose account it is.
+        notes = [*job.paused, *notes]
+    return f"{job.state} ({', '.join(notes)})" if notes else job.state
 
 
 def next_starts(starts: Sequence[NextStart], *, zone: tzinfo, json: bool) -> None:
@@ -182,6 +196,8 @@ def next_starts(starts: Sequence[NextStart], *, zone: tzinfo, json: bool) -> Non
     if json:
         document({"jobs": [asdict(start) for start in starts]})
         return
+    if not starts:
+        line("No job has a schedule; `batchctl next JOB` asks about one.")
     for start in starts:
         when = "no start in sight" if start.next_start_at is None else shown(start.next_start_at, zone)
         line(f"{start.job}: {when}{' (estimated)' if start.estimated and start.next_start_at else ''}")
@@ -225,7 +241,7 @@ def orphans(found: Sequence[Left], *, zone: tzinfo, json: bool) -> None:
         )
         for left in found
     ]
-    table(("batch", "run", "pid", "user", "since", "", "what"), rows)
+    table(("batch", "run", "pid", "user", "since", "state", "what"), rows)
 
 
 def grain_results(results: Sequence[GrainResult], *, json: bool, shown: bool) -> None:
