@@ -10,6 +10,7 @@ from dataclasses import asdict
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
+from batchctl.cli.table import laid_out
 from batchctl.cli.terminal import on_terminal, write
 from batchctl.logs import elapsed, rfc3339, shown
 
@@ -61,23 +62,21 @@ def complain(text: str) -> None:
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print rows under headings: with rich on a terminal, aligned text elsewhere."""
-    if on_terminal():
-        from rich.console import Console
-        from rich.table import Table
-
-        shown_table = Table(box=None, pad_edge=False, header_style="bold")
-        for column in columns[:-1]:
-            shown_table.add_column(column, no_wrap=True)
-        # Only the last column, which has the sentences, takes what is left.
-        shown_table.add_column(columns[-1], overflow="fold")
-        for row in rows:
-            shown_table.add_row(*(cell.replace("[", r"\[") for cell in row))
-        Console().print(shown_table)
+    """Print rows under headings: as wide as the terminal, elsewhere one line for each."""
+    if not on_terminal():
+        for text in laid_out(columns, rows, None):
+            line(text)
         return
-    widths = [max(len(cell) for cell in column) for column in zip(columns, *rows, strict=True)]
-    for row in (columns, *rows):
-        line("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    from rich.cells import cell_len
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console()
+    headings = len(laid_out(columns, (), console.width, cell_len))
+    with console.capture() as captured:
+        for number, text in enumerate(laid_out(columns, rows, console.width, cell_len)):
+            console.print(Text(text, "bold" if number < headings else ""), soft_wrap=True)
+    write(captured.get())
 
 
 def plan(work: Work, *, json: bool) -> None:

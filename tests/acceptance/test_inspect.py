@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import tomllib
 from datetime import datetime, timedelta
 
 import psycopg
 import pytest
-from support import batch, wait_for
+from support import PROGRAM, batch, wait_for
 
 GROUPS = batch([("31", "true", 'group = "search"'), ("61", "true", 'group = "upload"')], 'schedule = "0 1 * * *"') + (
     '[batch.daily.group.upload]\nschedule = "0 13 * * *"\n'
@@ -184,3 +185,27 @@ def test_migrate_prints_its_sql_and_executes_none_of_it(batchctl):
     with psycopg.connect(batchctl.url) as connection:
         assert connection.execute("SELECT to_regclass('agg_1m')").fetchone() == (None,)
     assert "is not in the database" in batchctl("migrate", "--drop", "trend", code=2).stderr
+
+
+@pytest.mark.parametrize(
+    ("line", "code"),
+    [
+        ("status >/dev/full", 1),
+        ("history >&-", 1),
+        ("run-batch --dry-run >/dev/full", 1),
+        ("stop >/dev/full", 0),
+        ("status | true", 0),
+    ],
+)
+def test_what_exists_to_print_and_cannot_has_failed(batchctl, line, code):
+    batchctl.configure(GROUPS)
+    batchctl("status")
+    called, _, pipe = f'"$0" --config batchctl.toml {line}'.partition("|")
+    if pipe:
+        called = f"{{ {called}; echo $? >code; }} |{pipe}; exit $(cat code)"
+    done = subprocess.run(
+        ["sh", "-c", called, str(PROGRAM)], cwd=batchctl.directory, env={"PATH": "/usr/bin:/bin"}, check=False,
+        capture_output=True, stdin=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
+    assert done.returncode == code, done
+    assert done.stderr.count("standard output cannot be written") == code

@@ -160,7 +160,7 @@ def test_a_name_that_could_be_misread_is_quoted_in_a_list():
 def test_files_that_are_not_there_or_not_toml(tmp_path):
     with pytest.raises(ConfigurationError, match="no such configuration file"):
         config_file.find_file(tmp_path / "none.toml", {})
-    with pytest.raises(ConfigurationError, match="is a directory; name the file, such as .*/batchctl.toml"):
+    with pytest.raises(ConfigurationError, match=r"is a directory; name the file, such as .*/batchctl.toml"):
         config_file.find_file(tmp_path, {})
     broken = tmp_path / "broken.toml"
     broken.write_text("[database\n")

@@ -81,5 +81,5 @@ def test_a_name_that_is_too_long_is_explained(directory):
 @pytest.mark.skipif(os.geteuid() == 0, reason="root is let in whatever the mode")
 def test_a_directory_that_is_closed_to_its_owner_is_refused(directory):
     closed(directory)
-    with pytest.raises(ConfigurationError, match="is closed to its owner .mode 0000.; chmod u.rwx it"):
+    with pytest.raises(ConfigurationError, match=r"is closed to its owner .mode 0000.; chmod u.rwx it"):
         private_directory(directory / "state")
