@@ -15,16 +15,27 @@ from msgspec import Meta, Struct
 DURATION_PATTERN = r"^([0-9]+d)?([0-9]+h)?([0-9]+m)?([0-9]+s)?$(?!\n)"
 SIZE_PATTERN = r"^([1-9][0-9]{0,5}(kB|MB|GB))?$(?!\n)"
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$(?!\n)"
-IDENTIFIER_PATTERN = r"^[^\s/.\x00-\x1f\x7f][^/\x00-\x1f\x7f]*$(?!\n)"
+# Controls of terminals, and what is not seen or changes the direction of text: names must read as what they are.
+CONTROLS = r"\x00-\x1f\x7f-\x9f\xad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff"
+IDENTIFIER_PATTERN = rf"^[^\s/.{CONTROLS}]([^/{CONTROLS}]*[^\s/{CONTROLS}])?$(?!\n)"
+LONGEST_NAME = 60
+"""Characters; a file name has at most 255 bytes, and a character up to four."""
 GRAIN_PATTERN = r"^[1-9][0-9]*[smh]$(?!\n)"
 SCHEMA_PATTERN = r"^(?!pg_)[^%\x00-\x1f]+$(?!\n)"
 HOUR = 3600
 LONGEST_DAYS = 3650
 SPOKEN_HOURS = 72
 
-Name = Annotated[str, Meta(pattern=NAME_PATTERN, description="letters, digits, and . _ - inside")]
+Name = Annotated[
+    str, Meta(pattern=NAME_PATTERN, max_length=LONGEST_NAME, description="letters, digits, and . _ - inside")
+]
 Identifier = Annotated[
-    str, Meta(pattern=IDENTIFIER_PATTERN, max_length=60, description="no slash and no control character")
+    str,
+    Meta(
+        pattern=IDENTIFIER_PATTERN,
+        max_length=LONGEST_NAME,
+        description="no slash and no control character, no dot in front, no space at either end",
+    ),
 ]
 Grain = Annotated[str, Meta(pattern=GRAIN_PATTERN, description="a number and s, m or h, up to 1h: 1m, 5m, 1h")]
 Count = Annotated[int, Meta(ge=0, le=2_147_483_647)]

@@ -28,6 +28,8 @@ def find_file(option: Path | None, environment: Mapping[str, str]) -> Path:
     named = option or (Path(environment["BATCHCTL_CONFIG"]) if environment.get("BATCHCTL_CONFIG") else None)
     if named is not None:
         if not _is_file(named, refuse=True):
+            if named.is_dir():
+                raise ConfigurationError(f"{named} is a directory; name the file, such as {named / FILE_NAME}")
             raise ConfigurationError(
                 f"{named}: no such configuration file; `batchctl init --config {named}` writes one"
             )

@@ -11,9 +11,11 @@ from typing import Any, TypeVar
 import msgspec
 
 from batchctl.config import (
+    CONTROLS,
     GRAIN_PATTERN,
     HOUR,
     IDENTIFIER_PATTERN,
+    LONGEST_NAME,
     NAME_PATTERN,
     SCHEMA_PATTERN,
     Batch,
@@ -29,7 +31,7 @@ from batchctl.config import (
     parse_duration,
     parse_size,
 )
-from batchctl.errors import ConfigurationError
+from batchctl.errors import ConfigurationError, choices
 from batchctl.paths import home_directory
 
 WORDS = {
@@ -41,6 +43,20 @@ WORDS = {
     "object": "a table",
 }
 """What msgspec calls things, and what TOML's users do."""
+NAME_RULES = (
+    (r"^$", "a name, not nothing"),
+    (r"[^A-Za-z0-9_.-]", "a name of the letters A to Z and a to z, digits, and . _ - inside"),
+    (r"^[^A-Za-z0-9]", "a name that begins with a letter or a digit"),
+)
+IDENTIFIER_RULES = (
+    (r"^$", "a text that is not empty"),
+    (rf"[{CONTROLS}]", "a text without control characters or characters that are not seen"),
+    (r"/", "a text without a slash"),
+    (r"^\.", "a text that does not begin with a dot"),
+    (r"^\s", "a text that does not begin with a space"),
+    (r"\s$", "a text that does not end with a space"),
+)
+"""What breaks a rule of a name, with what is expected instead, in words."""
 LONGEST_GRACE = parse_duration("2m")
 """The longest grace of a run that ends itself within its lease."""
 
@@ -113,7 +129,7 @@ class Reader:
         self.unique(f"{key_path}.accounts", batch.accounts)
         self.unique(f"{key_path}.step", tuple(step.id for step in decoded))
         for name in groups.keys() - set(batch.groups):
-            self.refuse(f"{key_path}.group.{name}", f"no step has this group; expected one of {_choices(batch.groups)}")
+            self.refuse(f"{key_path}.group.{name}", f"no step has this group; expected one of {choices(batch.groups)}")
         for number, step in enumerate(decoded):
             self.positive(f"{key_path}.step[{number}].timeout", step.timeout)
             for name in step.env:
@@ -153,7 +169,7 @@ class Reader:
         for key in ("schedule", "offset"):
             for grain in raw.get(key, {}):
                 if grain not in rollup.grains:
-                    self.refuse(f"{key_path}.{key}.{grain}", f"expected one of the grains {_choices(rollup.grains)}")
+                    self.refuse(f"{key_path}.{key}.{grain}", f"expected one of the grains {choices(rollup.grains)}")
         self.unique(f"{key_path}.dimensions", rollup.dimensions)
         names = ("bucket", *rollup.dimensions, *rollup.measures)
         self.unique(f"{key_path}.measures", names)
@@ -164,8 +180,8 @@ class Reader:
         if not isinstance(found, dict):
             self.refuse(key_path, f"found {_brief(found)}, expected tables such as [{key_path}.NAME]")
         for name, table in found.items():
-            if re.match(NAME_PATTERN, name) is None:
-                self.refuse(f"{key_path}.{name!r}", "expected a name of letters, digits, and . _ - inside")
+            if rule := _broken(name, NAME_RULES):
+                self.refuse(f"{key_path}.{name!r}", f"expected {rule}")
             if not isinstance(table, dict):
                 self.refuse(f"{key_path}.{name}", f"found {_brief(table)}, expected a table")
         return list(found.items())
@@ -231,17 +247,30 @@ def _explain(problem: str, raw: Any, inner: str, kind: type) -> str:
     for word, meant in WORDS.items():
         expected = re.sub(rf"\b{word}\b", meant, expected)
     for pattern, text in (
-        (NAME_PATTERN, "a name of letters, digits, and . _ - inside"),
-        (IDENTIFIER_PATTERN, "a text without slash or control character"),
+        (NAME_PATTERN, _broken(found, NAME_RULES)),
+        (IDENTIFIER_PATTERN, _broken(found, IDENTIFIER_RULES)),
         (GRAIN_PATTERN, "a grain such as 1m, 5m or 1h"),
         (SCHEMA_PATTERN, "a name without % that does not begin with pg_"),
     ):
-        if repr(pattern) in expected or pattern in expected:
+        if text and (repr(pattern) in expected or pattern in expected):
             expected = text
+    if isinstance(found, str) and expected.endswith(f"of length <= {LONGEST_NAME}"):
+        expected = f"at most {LONGEST_NAME} characters"
     if problem.startswith("Invalid enum value"):
         words = typing.get_args(typing.get_type_hints(kind)[inner.lstrip(".")])
         expected = " or ".join(repr(word) for word in words)
     return f"found {_brief(found)}, expected {expected}"
+
+
+def _broken(name: Any, rules: tuple[tuple[str, str], ...]) -> str | None:
+    """Say in words which rule a name breaks, None if it breaks none."""
+    if isinstance(name, str):
+        for pattern, expected in rules:
+            if re.search(pattern, name):
+                return expected
+        if len(name) > LONGEST_NAME:
+            return f"at most {LONGEST_NAME} characters"
+    return None
 
 
 def _brief(value: Any) -> str:
@@ -253,7 +282,3 @@ def _brief(value: Any) -> str:
         kind = "table" if isinstance(value, dict) else "list"
         return f"a {kind}" if value else f"an empty {kind}"
     return repr(value)
-
-
-def _choices(values: tuple[str, ...]) -> str:
-    return ", ".join(values) or "(none)"

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from enum import IntEnum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 
 class ExitCode(IntEnum):
@@ -22,7 +27,7 @@ class ExitCode(IntEnum):
 
 MEANING = {
     ExitCode.DONE: "done; for aggregate also: nothing to aggregate",
-    ExitCode.FAILED: 'failed: no step succeeded, or on_failure = "stop"; an aggregation failed',
+    ExitCode.FAILED: 'failed: no step succeeded, or on_failure = "stop"; aggregation failed',
     ExitCode.USAGE: "wrong usage",
     ExitCode.PARTIAL: "partial: some steps failed or timed out, at least one succeeded",
     ExitCode.DATABASE_UNREACHABLE: "database unreachable, nothing was started",
@@ -32,6 +37,12 @@ MEANING = {
     ExitCode.DEADLINE: "the batch deadline ended the run",
     ExitCode.SIGNAL: "128+N: ended by signal N",
 }
+
+
+def choices(names: Iterable[str]) -> str:
+    """List names for a message; in quotes where somebody could misread one."""
+    shown = [name if re.fullmatch(r"[A-Za-z0-9_./-]+", name) else repr(name) for name in names]
+    return ", ".join(shown) or "(none)"
 
 
 class BatchctlError(Exception):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
 import sys
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta, tzinfo
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from batchctl.paths import private_directory
 
@@ -76,6 +77,9 @@ class JsonLine(Line):
 class PrivateFile(logging.Handler):
     """Appends to a file that only its owner can read; each line is one write, so that processes do not mix theirs."""
 
+    complained: ClassVar[bool] = False
+    """Whether this process has said that lines are lost: once is enough."""
+
     def __init__(self, path: Path) -> None:
         super().__init__()
         self._path = path
@@ -83,12 +87,24 @@ class PrivateFile(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         line = f"{self.format(record)}\n".encode(errors="replace")
         # A log is a side channel: a full disk must not end a batch of 26 hours.
-        with suppress(OSError):
+        try:
             descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o600)
             try:
-                os.write(descriptor, line)
+                if os.write(descriptor, line) < len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             finally:
                 os.close(descriptor)
+        except OSError as error:
+            self._complain(error)
+
+    def _complain(self, error: OSError) -> None:
+        if not PrivateFile.complained:
+            PrivateFile.complained = True
+            with suppress(OSError, ValueError, AttributeError):
+                sys.stderr.write(
+                    f"batchctl: log {self._path} cannot be written: {error.strerror}; its lines are lost\n"
+                )
+                sys.stderr.flush()
 
 
 class StandardError(logging.Handler):

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
+from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from batchctl.errors import ConfigurationError
 
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
 GROUP_OR_OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
+UNUSABLE = {
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.ENAMETOOLONG,
+    errno.ENOTDIR, errno.ELOOP,
+}  # fmt: skip
+"""Errors that say that a path cannot be used as it is; any other error at a path of ours is a bug."""
 
 
 def home_directory() -> Path:
@@ -37,11 +48,59 @@ def private_directory(path: Path) -> Path:
         path.mkdir(mode=0o700)
     except FileExistsError:
         refuse_foreign(path, "directory")
+    except PermissionError as error:
+        raise ConfigurationError(f"cannot make the directory {path}: {refusal(path)}") from error
     except OSError as error:
         raise ConfigurationError(
             f"cannot make the directory {path}: {error.strerror}; choose another state_dir or log_dir, or make it"
         ) from error
     return path
+
+
+def explained(error: BaseException | None, directories: Iterable[Path]) -> ConfigurationError | None:
+    """Say what an error of the operating system below one of these directories means; None if it is another error.
+
+    Args:
+        error: Any error.
+        directories: The state and log directories.
+    """
+    if not isinstance(error, OSError) or error.errno not in UNUSABLE or not isinstance(error.filename, str | bytes):
+        return None
+    path = Path(os.fsdecode(error.filename))
+    if not any(path.is_relative_to(directory) for directory in directories):
+        return None
+    if isinstance(error, PermissionError):
+        return ConfigurationError(f"{path} cannot be used: {refusal(path)}")
+    return ConfigurationError(f"{path} cannot be used: {error.strerror}; choose another state_dir or log_dir")
+
+
+def refusal(path: Path) -> str:
+    """Say which directory keeps this user from a path (or that the path itself does), whose it is and what to do."""
+    for refusing in (path, *path.parents):
+        with suppress(OSError):
+            found = refusing.lstat()
+            break
+    else:
+        return "permission denied"
+    what = "it" if refusing == path else str(refusing)
+    mode = f"mode {stat.S_IMODE(found.st_mode):04o}"
+    if found.st_uid == os.geteuid():
+        rights = "rwx" if stat.S_ISDIR(found.st_mode) else "rw"
+        return f"{what} is closed to its owner ({mode}); chmod u+{rights} it, or choose another state_dir or log_dir"
+    owner = _user(found.st_uid)
+    return (
+        f"{what} belongs to {owner} ({mode}), but batchctl runs as {_user(os.geteuid())}; "
+        f"run it as {owner}, or choose another state_dir or log_dir"
+    )
+
+
+def _user(number: int) -> str:
+    import pwd  # noqa: PLC0415 - not every start needs it
+
+    try:
+        return pwd.getpwuid(number).pw_name
+    except KeyError:
+        return f"user id {number}"
 
 
 def refuse_foreign(path: Path, kind: str) -> None:
@@ -68,6 +127,9 @@ def refuse_foreign(path: Path, kind: str) -> None:
         )
     elif found.st_mode & GROUP_OR_OTHERS_WRITE:
         problem = f"can be written by others (mode {stat.S_IMODE(found.st_mode):04o}); chmod go-w it or choose another"
+    elif kind == "directory" and os.geteuid() != 0 and found.st_mode & stat.S_IRWXU != stat.S_IRWXU:
+        # Found out in the middle of a run, it would cost the run its output.
+        problem = f"is closed to its owner (mode {stat.S_IMODE(found.st_mode):04o}); chmod u+rwx it"
     else:
         return
     raise ConfigurationError(f"{path} {problem}")

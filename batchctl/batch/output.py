@@ -59,6 +59,8 @@ class OutputCap:
     def _cut(self, path: Path, tail: int) -> None:
         try:
             cut(path, self._cap, tail)
+        except FileNotFoundError:
+            return  # removed meanwhile, so nothing is over
         except OSError as error:
             # A log is a side channel: it never ends a step.
             self._log.warning("%s is over output_cap and cannot be cut: %s", path, error.strerror)

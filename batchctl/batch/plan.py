@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from batchctl.errors import UsageError
+from batchctl.errors import UsageError, choices
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -150,4 +150,4 @@ def _stages(account: str, batch: Batch, steps: Sequence[Step]) -> tuple[tuple[Pl
 
 def _require(option: str, value: str | None, known: tuple[str, ...]) -> None:
     if value is not None and value not in known:
-        raise UsageError(f"{option} {value}: no such {option[2:]}; known: {', '.join(known) or '(none)'}")
+        raise UsageError(f"{option} {choices([value])}: no such {option[2:]}; known: {choices(known)}")

@@ -14,6 +14,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from batchctl.cli.session import LogFormat, Session
+from batchctl.cli.terminal import lost
 from batchctl.errors import MEANING, BatchctlError, ExitCode
 
 # The mark keeps the lines as they are.
@@ -99,7 +100,10 @@ def command(name: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
             session.config = after["config"] or before["config"]
             session.verbosity = after["verbose"] + before["verbose"] - after["quiet"] - before["quiet"]
             session.log_format = after["log_format"] or before["log_format"] or "text"
-            raise typer.Exit(function(session, **options))
+            code = function(session, **options)
+            if code == ExitCode.DONE and lost() and (name in PRINTING or options.get("dry_run")):
+                code = ExitCode.FAILED
+            raise typer.Exit(code)
 
         parameters = [
             inspect.Parameter("context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context),
@@ -135,9 +139,13 @@ def main() -> NoReturn:
     try:
         app(prog_name="batchctl")
     except BatchctlError as error:
-        _complain(str(error))
-        sys.exit(error.exit_code)
+        said = session.explained(error.__cause__) or error
+        _complain(str(said))
+        sys.exit(said.exit_code)
     except Exception as error:  # the boundary: what nobody expected is a bug, said in one line
+        if known := session.explained(error):
+            _complain(str(known))
+            sys.exit(known.exit_code)
         if session.verbosity > 1:
             raise
         _complain(f"a bug in batchctl: {type(error).__name__}: {error}; -vv shows where")
@@ -153,6 +161,8 @@ def _complain(message: str) -> None:
         sys.stderr.write(f"batchctl: {line}\n")
 
 
+PRINTING = ("status", "history", "next", "orphans", "demo")
+"""Commands that exist to print, as every --dry-run does: what they could not print they have not done."""
 COMMANDS = {
     "run-batch": "run_batch",
     "aggregate": "aggregate",

@@ -8,7 +8,7 @@ import typer
 
 from batchctl.cli.app import command
 from batchctl.cli.session import Session
-from batchctl.errors import UsageError
+from batchctl.errors import UsageError, choices
 
 if TYPE_CHECKING:
     from batchctl.report.jobs import JobStatus
@@ -60,7 +60,7 @@ def _configured(session: Session, job: str) -> str:
 
     known = pausable(session.configuration)
     if job not in known:
-        raise UsageError(f"no such job: {job}; configured: {', '.join(known) or '(none)'}")
+        raise UsageError(f"no such job: {choices([job])}; configured: {choices(known)}")
     return job.partition("/")[0]
 
 

@@ -9,6 +9,7 @@ import typer
 from batchctl.cli.app import command
 from batchctl.cli.run_batch import Json
 from batchctl.cli.session import Session
+from batchctl.errors import UsageError, choices
 
 
 @command("status")
@@ -33,8 +34,13 @@ def history(
 ) -> int:
     """Show what ran and what was skipped and why, newest first."""
     from batchctl.cli import render
+    from batchctl.report.jobs import pausable
 
     with session.connect() as store:
         entries = store.history(limit, job)
+        # What is no longer configured may still have a history.
+        known = dict.fromkeys((*pausable(session.configuration), *(row.job for row in store.jobs())))
+    if job is not None and not entries and job not in known:
+        raise UsageError(f"no such job: {choices([job])}; known: {choices(known)}")
     render.history(entries, zone=session.zone, json=json)
     return 0

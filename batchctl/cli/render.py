@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json as json_module
+import shlex
 import sys
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
+from batchctl.cli.table import laid_out
 from batchctl.cli.terminal import on_terminal, write
 from batchctl.logs import elapsed, rfc3339, shown
 
@@ -58,27 +60,27 @@ def complain(text: str) -> None:
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print rows under headings: with rich on a terminal, aligned text elsewhere."""
-    if on_terminal():
-        from rich.console import Console
-        from rich.table import Table
-
-        shown_table = Table(box=None, pad_edge=False, header_style="bold")
-        for column in columns[:-1]:
-            shown_table.add_column(column, no_wrap=True)
-        # Only the last column, which has the sentences, takes what is left.
-        shown_table.add_column(columns[-1], overflow="fold")
-        for row in rows:
-            shown_table.add_row(*(cell.replace("[", r"\[") for cell in row))
-        Console().print(shown_table)
+    """Print rows under headings: as wide as the terminal, elsewhere one line for each."""
+    if not on_terminal():
+        for text in laid_out(columns, rows, None):
+            line(text)
         return
-    widths = [max(len(cell) for cell in column) for column in zip(columns, *rows, strict=True)]
-    for row in (columns, *rows):
-        line("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    from rich.cells import cell_len
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console()
+    headings = len(laid_out(columns, (), console.width, cell_len))
+    with console.capture() as captured:
+        for number, text in enumerate(laid_out(columns, rows, console.width, cell_len)):
+            console.print(Text(text, "bold" if number < headings else ""), soft_wrap=True)
+    write(captured.get())
 
 
 def plan(work: Work, *, json: bool) -> None:
     """Print what a run would do."""
+    from batchctl.batch.plan import fill
+
     planned = work.plan
     steps = [step for step in planned.steps if (step.account, step.step) not in work.done]
     if json:
@@ -87,8 +89,17 @@ def plan(work: Work, *, json: bool) -> None:
         told = [{key: getattr(step, key) for key in keys} for step in steps]
         document({"batch": planned.batch, "group": group, "run_id": work.run_id, "steps": told})
         return
+    # There is no run yet, and so no id of it, unless one is continued.
+    known = {"batch": planned.batch, "run_id": work.run_id or "{run_id}"}
     rows = [
-        (step.account, step.step, step.group or "", str(step.quantity), elapsed(step.timeout), " ".join(step.command))
+        (
+            step.account,
+            step.step,
+            step.group or "",
+            str(step.quantity),
+            elapsed(step.timeout),
+            shlex.join(fill(text, step=step, **known) for text in step.command),
+        )
         for step in steps
     ]
     table(("account", "step", "group", "quantity", "timeout", "command"), rows)
@@ -168,11 +179,13 @@ def status(statuses: Sequence[JobStatus], *, zone: tzinfo, json: bool) -> None:
 
 
 def _state(job: JobStatus) -> str:
-    state = f"running (pid {job.pid} on {job.host})" if job.state == "running" else job.state
-    if job.paused and job.state == "running":
-        return f"{state}, paused"
-    # What is not paused itself says on whose account it is.
-    return f"{state} ({', '.join(job.paused)})" if job.paused and job.job not in job.paused else state
+    notes = [] if job.enabled else ["disabled"]
+    if job.state == "running":
+        return ", ".join((f"running (pid {job.pid} on {job.host})", *(["paused"] if job.paused else []), *notes))
+    if job.paused and job.job not in job.paused:
+        # What is not paused itself says on whose account it is.
+        notes = [*job.paused, *notes]
+    return f"{job.state} ({', '.join(notes)})" if notes else job.state
 
 
 def next_starts(starts: Sequence[NextStart], *, zone: tzinfo, json: bool) -> None:
@@ -180,6 +193,8 @@ def next_starts(starts: Sequence[NextStart], *, zone: tzinfo, json: bool) -> Non
     if json:
         document({"jobs": [asdict(start) for start in starts]})
         return
+    if not starts:
+        line("No job has a schedule; `batchctl next JOB` asks about one.")
     for start in starts:
         when = "no start in sight" if start.next_start_at is None else shown(start.next_start_at, zone)
         line(f"{start.job}: {when}{' (estimated)' if start.estimated and start.next_start_at else ''}")
@@ -223,7 +238,7 @@ def orphans(found: Sequence[Left], *, zone: tzinfo, json: bool) -> None:
         )
         for left in found
     ]
-    table(("batch", "run", "pid", "user", "since", "", "what"), rows)
+    table(("batch", "run", "pid", "user", "since", "state", "what"), rows)
 
 
 def grain_results(results: Sequence[GrainResult], *, json: bool, shown: bool) -> None:

@@ -25,7 +25,7 @@ def run_batch(
     account: Annotated[str | None, typer.Option("--account", metavar="A", help="Only this account.")] = None,
     group: Annotated[str | None, typer.Option("--group", metavar="G", help="Only the steps of this group.")] = None,
     step: Annotated[list[str] | None, typer.Option("--step", metavar="S", help="Only this step (repeatable).")] = None,
-    force_gap: Annotated[bool, typer.Option("--force-gap", help="Start whatever min_gap and every say.")] = False,
+    force_gap: Annotated[bool, typer.Option("--force-gap", help="Lift min_gap, gap_factor and every.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would run, and start nothing.")] = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue the last run without success at the first step that is not done.")

@@ -10,7 +10,7 @@ import typer
 from batchctl.cli.app import command
 from batchctl.cli.run_batch import Json
 from batchctl.cli.session import Session
-from batchctl.errors import UsageError
+from batchctl.errors import UsageError, choices
 
 
 def instant(session: Session, option: str, text: str) -> datetime:
@@ -39,6 +39,6 @@ def next_start(
         reader = JobReader(session.configuration, store, session.zone, session.clock)
         starts = reader.next_starts(job, when)
     if job is not None and not starts:
-        raise UsageError(f"no such job: {job}; configured: {', '.join(reader.names()) or '(none)'}")
+        raise UsageError(f"no such job: {choices([job])}; configured: {choices(reader.names())}")
     render.next_starts(starts, zone=session.zone, json=json)
     return 0

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from batchctl.cli.terminal import on_terminal
 from batchctl.clock import SystemClock
-from batchctl.errors import UsageError
+from batchctl.errors import ConfigurationError, UsageError, choices
 
 if TYPE_CHECKING:
     import logging
@@ -26,6 +26,13 @@ if TYPE_CHECKING:
     from batchctl.state.store import Store
 
 LogFormat = Literal["text", "json"]
+
+
+def _working_directory_exists() -> bool:
+    try:
+        return bool(os.getcwd())  # noqa: PTH109 - asked for its error
+    except FileNotFoundError:
+        return False
 
 
 @dataclass
@@ -61,12 +68,22 @@ class Session:
     def definitions(self, name: str | None = None) -> tuple[Definition, ...]:
         """Return all rollups, or the named one."""
         rollups = self.configuration.rollups
-        known = ", ".join(rollups) or f"(none in {self.configuration.path})"
+        known = choices(rollups) if rollups else f"(none in {self.configuration.path})"
         if name is not None and name not in rollups:
-            raise UsageError(f"no such rollup: {name}; configured: {known}")
+            raise UsageError(f"no such rollup: {choices([name])}; configured: {known}")
         if not rollups:
             raise UsageError(f"{self.configuration.path} configures no rollup; `batchctl init` writes an example")
         return tuple(self._definitions.values()) if name is None else (self._definitions[name],)
+
+    def explained(self, error: BaseException | None) -> ConfigurationError | None:
+        """Say what an error of the operating system means, if it is about a path that the configuration names."""
+        from batchctl.paths import explained
+
+        if isinstance(error, FileNotFoundError) and not _working_directory_exists():
+            return ConfigurationError("the working directory was removed; change to another one")
+        configuration: Configuration | None = vars(self).get("configuration")
+        directories = () if configuration is None else (configuration.state_dir, configuration.log_dir)
+        return explained(error, directories)
 
     @functools.cached_property
     def zone(self) -> tzinfo:
@@ -118,13 +135,13 @@ class Session:
     def only_batch(self, name: str | None) -> str:
         """Return the batch that is meant: the named one, or the only one."""
         batches = self.configuration.batches
-        known = ", ".join(batches) or f"(none in {self.configuration.path})"
+        known = choices(batches) if batches else f"(none in {self.configuration.path})"
         if name is None:
             if len(batches) != 1:
                 raise UsageError(f"which batch? Configured: {known}")
             return next(iter(batches))
         if name not in batches:
-            raise UsageError(f"no such batch: {name}; configured: {known}")
+            raise UsageError(f"no such batch: {choices([name])}; configured: {known}")
         return name
 
     @property

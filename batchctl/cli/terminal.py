@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+_lost: list[str] = []
+
 
 def on_terminal() -> bool:
     """Tell whether standard output is a terminal."""
@@ -17,19 +19,31 @@ def on_terminal() -> bool:
 
 
 def write(text: str) -> None:
-    """Write to standard output at once; that it cannot be written never changes what a command did or returns."""
+    """Write to standard output at once; that it cannot be written never ends a command that has something to do."""
     if sys.stdout is None:
+        _lose("it is closed")
         return
     try:
         sys.stdout.write(text)
         sys.stdout.flush()
     except BrokenPipeError:
+        # Who reads has enough.
         _discard()
     except OSError as error:
         _discard()
-        if sys.stderr is not None:
-            with suppress(OSError):
-                sys.stderr.write(f"batchctl: standard output cannot be written: {error.strerror}\n")
+        _lose(error.strerror or type(error).__name__)
+
+
+def lost() -> bool:
+    """Tell whether something could not be printed; a reader that had enough does not count."""
+    return bool(_lost)
+
+
+def _lose(why: str) -> None:
+    if not _lost and sys.stderr is not None:
+        with suppress(OSError):
+            sys.stderr.write(f"batchctl: standard output cannot be written: {why}\n")
+    _lost.append(why)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta, tzinfo
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
     from batchctl.clock import Clock
     from batchctl.config import Batch, Configuration, Rollup
+    from batchctl.guard.gap import Refusal
     from batchctl.state.store import Store
 
 MOST_CRON_TIMES = 10_000
@@ -39,6 +41,7 @@ class JobStatus:
     host: str | None
     paused: tuple[str, ...]
     """What is paused and keeps the job from starting."""
+    enabled: bool
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,12 @@ class NextStart:
     next_start_at: datetime | None
     estimated: bool
     guards: tuple[GuardAnswer, ...]
+
+
+class _Running(NamedTuple):
+    pid: int
+    host: str
+    started_at: datetime
 
 
 class _Job(NamedTuple):
@@ -122,7 +131,7 @@ class JobReader:
 
     def statuses(self) -> list[JobStatus]:
         """Return every configured job in the order of the file."""
-        return [self._status(job) for job in self._jobs()]
+        return [self._status(job, *self._look(job)) for job in self._jobs()]
 
     def next_starts(self, name: str | None, at: datetime | None) -> list[NextStart]:
         """Return when jobs will next start.
@@ -142,21 +151,26 @@ class JobReader:
     def _jobs(self) -> Iterator[_Job]:
         return _configured(self._configuration)
 
-    def _status(self, job: _Job) -> JobStatus:
+    def _look(self, job: _Job) -> tuple[_Running | None, Refusal | None]:
+        row = self._rows.get(job.name)
+        running = self._running(job, row)
+        return running, self._refusal(job, row, running)
+
+    def _status(self, job: _Job, running: _Running | None, refusal: Refusal | None) -> JobStatus:
         row = self._rows.get(job.name)
         paused = self._paused(job)
-        running = self._running(job, row)
         return JobStatus(
             job=job.name,
             state="running" if running else "paused" if paused else "idle",
             last_started_at=row.last_started_at if row else None,
             last_completed_at=row.last_completed_at if row else None,
             last_outcome=row.last_outcome if row else None,
-            next_eligible_at=self._eligible(job, row, running),
+            next_eligible_at=refusal.next_eligible_at if refusal else None,
             estimate_seconds=self._estimate(job),
-            pid=running[0] if running else None,
-            host=running[1] if running else None,
+            pid=running.pid if running else None,
+            host=running.host if running else None,
             paused=paused,
+            enabled=job.enabled,
         )
 
     def _paused(self, job: _Job) -> tuple[str, ...]:
@@ -166,17 +180,21 @@ class JobReader:
         names = dict.fromkeys((top, job.name, *(f"{top}/{group}" for group in below)))
         return tuple(name for name in names if name in self._rows and self._rows[name].paused)
 
-    def _running(self, job: _Job, row: Any) -> tuple[int, str, datetime] | None:
-        """Return process id, hostname and start of what runs the job now: never taken from the state alone."""
-        holder = read_holder(lock_path(self._configuration.state_dir, job.lock), self._clock, patience=0)
+    def _running(self, job: _Job, row: Any) -> _Running | None:
+        """Return what runs the job now: never taken from the state alone."""
+        path = lock_path(self._configuration.state_dir, job.lock)
+        with suppress(FileNotFoundError):
+            # Who may not read it would take what runs for idle.
+            path.open("rb").close()
+        holder = read_holder(path, self._clock, patience=0)
         if holder is not None and (job.group is None or (row is not None and row.run_id is not None)):
-            return holder.pid, holder.hostname, holder.started_at
+            return _Running(holder.pid, holder.hostname, holder.started_at)
         if row is None or row.run_id is None:
             return None
         process = ProcessIdentity(row.pid, row.pid_start_ticks, row.boot_id)
         elsewhere = row.claimed_until > self._now and process.boot_id != boot_id()
         if elsewhere or alive(process, hidden_counts=False):
-            return row.pid, row.hostname, row.started_at
+            return _Running(row.pid, row.hostname, row.started_at)
         return None
 
     def _estimate(self, job: _Job) -> float | None:
@@ -185,30 +203,28 @@ class JobReader:
         seconds = self._store.estimate_seconds(job.name)
         return job.batch.timeout.total_seconds() if seconds is None else seconds
 
-    def _eligible(self, job: _Job, row: Any, running: tuple[int, str, datetime] | None) -> datetime | None:
+    def _refusal(self, job: _Job, row: Any, running: _Running | None) -> Refusal | None:
         if job.batch is None:
             return None
         estimate = timedelta(seconds=self._estimate(job) or 0)
         completed = row.last_completed_at if row else None
         if running is not None:
-            completed = max(running[2] + estimate, self._now)
-        refusal = earliest_start(
+            completed = max(running.started_at + estimate, self._now)
+        return earliest_start(
             gap_rule(job.batch, job.group, self._zone),
             last_completed_at=completed,
             last_started_at=row.last_started_at if row else None,
             estimate=estimate,
         )
-        return refusal.next_eligible_at if refusal else None
 
     def _next(self, job: _Job, after: datetime) -> NextStart:
-        row = self._rows.get(job.name)
-        status = self._status(job)
+        running, refusal = self._look(job)
+        status = self._status(job, running, refusal)
         # Groups and the whole batch share the accounts, so whatever runs of the batch is in the way.
-        running = self._running(job, row)
         if running is None and job.group is not None:
             top = job.name.partition("/")[0]
             running = self._running(job._replace(name=top, group=None), self._rows.get(top))
-        guards = tuple(self._answers(job, status, running, after))
+        guards = tuple(self._answers(job, status, running, refusal, after))
         lifted_by_hand = not job.enabled or bool(status.paused)
         earliest = after if status.next_eligible_at is None else max(after, status.next_eligible_at)
         start = None if lifted_by_hand or not job.schedule else self._first(job, earliest)
@@ -224,7 +240,12 @@ class JobReader:
         return None
 
     def _answers(
-        self, job: _Job, status: JobStatus, running: tuple[int, str, datetime] | None, after: datetime
+        self,
+        job: _Job,
+        status: JobStatus,
+        running: _Running | None,
+        refusal: Refusal | None,
+        after: datetime,
     ) -> Iterator[GuardAnswer]:
         if not job.enabled:
             yield GuardAnswer("enabled", False, None, "disabled in the configuration")
@@ -236,12 +257,13 @@ class JobReader:
             yield GuardAnswer("lock", True, None, "free")
         if status.paused:
             yield GuardAnswer("paused", False, None, f"paused: {lifted_by(status.paused)}")
-        eligible = status.next_eligible_at
-        if job.batch is not None and eligible is not None:
+        if refusal is not None:
+            eligible = refusal.next_eligible_at
             estimated = " (an estimate: the run in progress is taken to end after the median time)" if running else ""
             allows = eligible <= after
             word = "over since" if allows else "until"
-            yield GuardAnswer("gap", allows, eligible, f"{word} {self._shown(eligible)}{estimated}")
+            guard = "every" if refusal.reason == "not_due" else "gap"
+            yield GuardAnswer(guard, allows, eligible, f"{word} {self._shown(eligible)}{estimated}")
         elif job.batch is not None:
             yield GuardAnswer("gap", True, None, "nothing ran before")
         if job.hours:

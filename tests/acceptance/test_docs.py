@@ -196,6 +196,12 @@ def test_commands_md_has_the_arguments_and_the_defaults_of_help():
             assert re.search(rf"Default: `?{re.escape(default)}`?\.", row[-1]), f"{command} {option}: {default}"
 
 
+def test_help_fits_80_columns():
+    for command in ([], *([name] for name in the_commands())):
+        for line in the_help(*command).splitlines():
+            assert len(line) <= 80, f"{command}: {line}"
+
+
 def command_lines(block):
     """List the calls of batchctl in a block, as argument lists without the program."""
     for line in re.sub(r"\\\n\s*", "", block.text).splitlines():

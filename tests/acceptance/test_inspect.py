@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import tomllib
 from datetime import datetime, timedelta
 
 import psycopg
 import pytest
-from support import batch, wait_for
+from support import PROGRAM, batch, wait_for
 
 GROUPS = batch([("31", "true", 'group = "search"'), ("61", "true", 'group = "upload"')], 'schedule = "0 1 * * *"') + (
     '[batch.daily.group.upload]\nschedule = "0 13 * * *"\n'
@@ -17,7 +18,7 @@ GROUPS = batch([("31", "true", 'group = "search"'), ("61", "true", 'group = "upl
 )
 STATUS_KEYS = {
     "job", "state", "last_started_at", "last_completed_at", "last_outcome", "next_eligible_at", "estimate_seconds",
-    "pid", "host", "paused",
+    "pid", "host", "paused", "enabled",
 }  # fmt: skip
 
 
@@ -89,6 +90,56 @@ def test_next_of_a_disabled_batch_is_never(batchctl):
     answer = batchctl.json("next", "daily")["jobs"][0]
     assert answer["next_start_at"] is None
     assert not answer["guards"][0]["allows"]
+    jobs = {job["job"]: job for job in batchctl.json("status")["jobs"]}
+    assert (jobs["daily"]["enabled"], jobs["daily/upload"]["enabled"], jobs["trend/1m"]["enabled"]) == (
+        False, False, True,
+    )  # fmt: skip
+    lines = batchctl("status").stdout.splitlines()
+    assert [("disabled" in line, "idle" in line) for line in lines[1:]] == [(True, True)] * 3 + [(False, True)] * 3
+
+
+def test_next_names_every_when_that_refuses_longer(batchctl):
+    options = 'schedule = "0 1 * * *"\nmin_gap = "1h"\nevery = "20h"'
+    batchctl.configure(batch([("31", "true")], options))
+    batchctl("run-batch")
+    guards = {guard["guard"]: guard["allows"] for guard in batchctl.json("next")["jobs"][0]["guards"]}
+    assert guards == {"lock": True, "every": False}
+    batchctl.configure(batch([("31", "true")], options.replace("20h", "")))
+    guards = {guard["guard"]: guard["allows"] for guard in batchctl.json("next")["jobs"][0]["guards"]}
+    assert guards == {"lock": True, "gap": False}, "the control"
+
+
+def test_next_without_any_schedule_says_so(batchctl):
+    batchctl.configure(batch([("31", "true")]))
+    assert batchctl("next").stdout == "No job has a schedule; `batchctl next JOB` asks about one.\n"
+    assert batchctl.json("next")["jobs"] == []
+
+
+def test_history_of_a_job_that_never_was_is_wrong_usage(batchctl):
+    batchctl.configure(GROUPS)
+    batchctl("run-batch", "--step", "31")
+    done = batchctl("history", "nosuch", code=2)
+    known = "daily, daily/search, daily/upload, trend, trend/1m, trend/5m, trend/1h"
+    assert done.stderr == f"batchctl: no such job: nosuch; known: {known}\n"
+    assert batchctl.json("history", "trend")["entries"] == []
+    batchctl.configure(batch([("31", "true")], name="other"))
+    assert len(batchctl.json("history", "daily")["entries"]) == 1, "it is no longer configured, but recorded"
+
+
+def test_a_dry_run_prints_command_lines_with_the_tokens_filled_in(batchctl):
+    batchctl.configure(
+        """[batch.daily]
+accounts = ["load [eu]"]
+[[batch.daily.step]]
+id = "31"
+group = "search"
+quantity = 7
+command = ["sh", "-c", "echo {batch} {step} {group} {quantity} {run_id} $x", "{account}", "{other}"]
+"""
+    )
+    shown = batchctl("run-batch", "--dry-run").stdout
+    assert "sh -c 'echo daily 31 search 7 {run_id} $x' 'load [eu]' '{other}'" in shown
+    assert batchctl.json("run-batch", "--dry-run")["steps"][0]["command"][3] == "{account}"
 
 
 def test_history_counts_a_series_of_skips_in_one_row(batchctl):
@@ -133,3 +184,27 @@ def test_migrate_prints_its_sql_and_executes_none_of_it(batchctl):
     with psycopg.connect(batchctl.url) as connection:
         assert connection.execute("SELECT to_regclass('agg_1m')").fetchone() == (None,)
     assert "is not in the database" in batchctl("migrate", "--drop", "trend", code=2).stderr
+
+
+@pytest.mark.parametrize(
+    ("line", "code"),
+    [
+        ("status >/dev/full", 1),
+        ("history >&-", 1),
+        ("run-batch --dry-run >/dev/full", 1),
+        ("stop >/dev/full", 0),
+        ("status | true", 0),
+    ],
+)
+def test_what_exists_to_print_and_cannot_has_failed(batchctl, line, code):
+    batchctl.configure(GROUPS)
+    batchctl("status")
+    called, _, pipe = f'"$0" --config batchctl.toml {line}'.partition("|")
+    if pipe:
+        called = f"{{ {called}; echo $? >code; }} |{pipe}; exit $(cat code)"
+    done = subprocess.run(
+        ["sh", "-c", called, str(PROGRAM)], cwd=batchctl.directory, env={"PATH": "/usr/bin:/bin"}, check=False,
+        capture_output=True, stdin=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
+    assert done.returncode == code, done
+    assert done.stderr.count("standard output cannot be written") == code

@@ -174,3 +174,15 @@ def test_a_start_from_where_ended_children_are_ignored(embedded_batchctl):
     )
     stdout, stderr = process.communicate(timeout=60)
     assert [step["exit_code"] for step in json.loads(stdout)["steps"]] == [7, 0], stderr
+
+
+def test_a_log_file_that_cannot_be_written_is_said_once_and_changes_nothing(embedded_batchctl):
+    embedded_batchctl.configure(batch([("31", "true"), ("32", "true")]))
+    log = embedded_batchctl.directory / "state" / "log" / "daily.log"
+    log.parent.mkdir(parents=True, mode=0o700)
+    log.parent.parent.chmod(0o700)
+    log.mkdir()
+    done = embedded_batchctl("run-batch")
+    assert done.stderr == f"batchctl: log {log} cannot be written: Is a directory; its lines are lost\n"
+    log.rmdir()
+    assert embedded_batchctl("run-batch", code=75).stderr == "", "the control"

@@ -10,7 +10,7 @@ import pytest
 
 from batchctl import config_file
 from batchctl.config import Duration, parse_duration
-from batchctl.errors import ConfigurationError
+from batchctl.errors import ConfigurationError, choices
 from batchctl.rollup.definition import read_definitions
 from batchctl.schedule import cron
 
@@ -74,6 +74,13 @@ def test_defaults_are_those_that_are_promised():
         ("batch", "quantity = 3000000000", "batch.daily.quantity", "found 3000000000"),
         ("batch", 'accounts = ["a\\n"]', "batch.daily.accounts[0]", "expected a text without"),
         ("batch", 'accounts = [".."]', "batch.daily.accounts[0]", "found '..'"),
+        ("batch", 'accounts = [""]', "batch.daily.accounts[0]", "found '', expected a text that is not empty"),
+        ("batch", 'accounts = ["a "]', "batch.daily.accounts[0]", "found 'a ', expected a text that does not end"),
+        ("batch", 'accounts = [" a"]', "batch.daily.accounts[0]", "a text that does not begin with a space"),
+        ("batch", 'accounts = [".a"]', "batch.daily.accounts[0]", "a text that does not begin with a dot"),
+        ("batch", 'accounts = ["a\\u202eb"]', "batch.daily.accounts[0]", r"found 'a\u202eb', expected a text without"),
+        ("batch", f'accounts = ["{"x" * 61}"]', "batch.daily.accounts[0]", "expected at most 60 characters"),
+        ("step", f"[batch.daily.group.{'x' * 61}]", "batch.daily.group.'xxx", "expected at most 60 characters"),
         ("step", 'env = { "A=B" = "x" }', "batch.daily.step[0].env", "found the name 'A=B'"),
         ("batch", 'timeout = "0s"', "batch.daily.timeout", "found 0s"),
         ("batch", 'schedule = "61 * * * *"', "batch.daily.schedule", "found '61 * * * *'"),
@@ -126,6 +133,9 @@ def test_mistakes(part, text, path, found):
         ("batch = 1\n[database]\nembedded = true", "batch: found 1, expected tables"),
         ("[batch]\ndaily = 1\n[database]\nembedded = true", "batch.daily: found 1, expected a table"),
         ("[batch.daily]\n[database]\nembedded = true", "batch.daily.step: found nothing"),
+        (f"[batch.{'x' * 61}]", "expected at most 60 characters"),
+        ('[batch.""]', "batch.'': expected a name, not nothing"),
+        ('[batch."-x"]', "batch.'-x': expected a name that begins with a letter or a digit"),
         ('[batch."a b"]\n[database]\nembedded = true', "batch.'a b': expected a name"),
     ],
 )
@@ -135,9 +145,23 @@ def test_mistakes_above_the_sections(text, problem):
     assert problem in str(raised.value)
 
 
+@pytest.mark.parametrize("name", ["a", "a b", "a.b-c", "x" * 60, "\u65e5\u672c", "load [eu]"])
+def test_names_of_accounts_and_steps_that_are_allowed(name):
+    batch = load(f'accounts = ["{name}"]', f'[[batch.daily.step]]\nid = "{name}"\ncommand = ["true"]').batches["daily"]
+    assert batch.accounts == (name,)
+    assert batch.step[1].id == name
+
+
+def test_a_name_that_could_be_misread_is_quoted_in_a_list():
+    assert choices(["a", "a.b/c-1", "b c", "d,e"]) == "a, a.b/c-1, 'b c', 'd,e'"
+    assert choices([]) == "(none)"
+
+
 def test_files_that_are_not_there_or_not_toml(tmp_path):
     with pytest.raises(ConfigurationError, match="no such configuration file"):
         config_file.find_file(tmp_path / "none.toml", {})
+    with pytest.raises(ConfigurationError, match=r"is a directory; name the file, such as .*/batchctl.toml"):
+        config_file.find_file(tmp_path, {})
     broken = tmp_path / "broken.toml"
     broken.write_text("[database\n")
     with pytest.raises(ConfigurationError, match="not valid TOML"):

@@ -133,3 +133,22 @@ def test_sizes(text, size):
 def test_what_is_no_size(text):
     with pytest.raises(ValueError, match="expected a size such as"):
         parse_size(text)
+
+
+def test_a_log_that_was_removed_is_over_nothing_and_one_that_cannot_be_cut_is_named(tmp_path, caplog):
+    cap = OutputCap(parse_size("10kB"), logging.getLogger("test"))
+    removed, other = tmp_path / "31.log", tmp_path / "32.log"
+    for path in (removed, other):
+        cap.register(path)
+    with caplog.at_level(logging.WARNING):
+        cap.check()
+        cap.finish(removed)
+    assert caplog.records == []
+    target = tmp_path / "target"
+    target.write_bytes(b"x" * 2 * CAP)
+    other.symlink_to(target)
+    with caplog.at_level(logging.WARNING):
+        cap.finish(other)
+    assert [record.message for record in caplog.records] == [
+        f"{other} is over output_cap and cannot be cut: Too many levels of symbolic links"
+    ]
