@@ -14,6 +14,7 @@ from batchctl.errors import DatabaseUnavailableError, UsageError
 from batchctl.guard.gap import Refusal, earliest_start, gap_rule, job_hours, refused
 from batchctl.guard.identity import ProcessIdentity
 from batchctl.guard.liveness import Orphan, Recorded, find_orphans, forget_runs, listed
+from batchctl.guard.lock import RUN_BATCH
 from batchctl.guard.pause import lifted_by
 from batchctl.logs import elapsed, shown
 from batchctl.schedule.cron import inside_hours, next_inside_hours
@@ -108,6 +109,8 @@ class Guards:
     def held(self, holder: Holder | None) -> Skip:
         if holder is None:
             return Skip("running", "Previous run is still in progress (its holder has not signed). Skipped.")
+        if holder.command != RUN_BATCH:
+            return Skip("running", f"`batchctl {holder.command}` (pid {holder.pid}) is at work on the batch. Skipped.")
         return self._in_progress("running", HolderShown(holder.hostname, holder.pid, holder.started_at))
 
     def _in_progress(self, reason: str, holder: HolderShown, elsewhere: str = "") -> Skip:

@@ -25,6 +25,10 @@ HOLDER_PATIENCE_SECONDS = 2.0
 """How long a start that was refused waits for the holder, which may just have won, to write its name."""
 
 
+RUN_BATCH = "run-batch"
+"""What holds a lock for as long as its work takes; others only look, and hold it for a moment."""
+
+
 class Holder(msgspec.Struct, frozen=True):
     """The process that holds a lock."""
 
@@ -33,7 +37,7 @@ class Holder(msgspec.Struct, frozen=True):
     start_ticks: int
     boot_id: str
     started_at: datetime
-    command: str = "run-batch"
+    command: str = RUN_BATCH
 
     @property
     def identity(self) -> ProcessIdentity:
@@ -137,13 +141,19 @@ def read_holder(path: Path, clock: Clock, patience: float = HOLDER_PATIENCE_SECO
 
     Returns:
         None if nobody alive has signed.
+
+    Raises:
+        ConfigurationError: the file may not be read.
     """
     give_up = clock.monotonic() + patience
     while True:
         try:
             holder = msgspec.json.decode(path.read_bytes(), type=Holder)
-        except (OSError, msgspec.DecodeError):
+        except (FileNotFoundError, NotADirectoryError, msgspec.DecodeError):
             holder = None  # nobody yet, or just being written
+        except OSError as error:
+            # Who may not read it must not take what runs for idle.
+            raise ConfigurationError(f"{path} cannot be read: {error.strerror}") from error
         # What a crash left behind names a process that is gone; the kernel knows that the lock itself is held.
         if holder is not None and alive(holder.identity, hidden_counts=True):
             return holder

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta, tzinfo
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from batchctl.guard.gap import earliest_start, gap_rule, job_hours
 from batchctl.guard.identity import ProcessIdentity, alive, boot_id
-from batchctl.guard.lock import lock_path, read_holder
+from batchctl.guard.lock import RUN_BATCH, lock_path, read_holder
 from batchctl.guard.pause import lifted_by
 from batchctl.logs import elapsed, shown
 from batchctl.schedule.cron import inside_hours, next_inside_hours, next_time
@@ -183,11 +182,12 @@ class JobReader:
     def _running(self, job: _Job, row: Any) -> _Running | None:
         """Return what runs the job now: never taken from the state alone."""
         path = lock_path(self._configuration.state_dir, job.lock)
-        with suppress(FileNotFoundError):
-            # Who may not read it would take what runs for idle.
-            path.open("rb").close()
         holder = read_holder(path, self._clock, patience=0)
-        if holder is not None and (job.group is None or (row is not None and row.run_id is not None)):
+        if (
+            holder is not None
+            and holder.command == RUN_BATCH
+            and (job.group is None or (row is not None and row.run_id is not None))
+        ):
             return _Running(holder.pid, holder.hostname, holder.started_at)
         if row is None or row.run_id is None:
             return None
