@@ -63,7 +63,7 @@ def find_work(store: Store, name: str, batch: Batch, wish: Wish) -> Work:
             if run is not None
             else f"{job or name} has no run {wish.run_id}"
             if wish.run_id is not None
-            else f"{job or name} has no run that a later success has not made up for"
+            else f"{job or name} has no run left to continue"
         )
         raise UsageError(f"nothing to resume: {found}; `batchctl history {name}` lists the runs, --run names one")
     group = run.job.partition("/")[2]

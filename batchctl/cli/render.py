@@ -229,7 +229,7 @@ def orphans(found: Sequence[Left], *, zone: tzinfo, json: bool) -> None:
     rows = [
         (
             left.batch,
-            left.orphan.run_id + (" (ended)" if left.orphan.run_ended else " (died)"),
+            left.orphan.run_id + (" (ended)" if left.orphan.run_ended else " (unfinished)"),
             str(left.orphan.pid or "?"),
             left.orphan.user or "?",
             "?" if left.since is None else shown(left.since, zone),

@@ -129,14 +129,18 @@ def held(path: Path) -> bool:
     except (FileNotFoundError, NotADirectoryError):
         return False
     except OSError as error:
-        raise ConfigurationError(f"{path} cannot be read: {error.strerror}") from error
+        raise ConfigurationError(
+            f"{path} cannot be read: {error.strerror}; run batchctl as the owner of state_dir"
+        ) from error
     try:
         # Shared, so that two who ask at the same instant do not take each other for a holder.
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
     except OSError as error:
-        raise ConfigurationError(f"{path} cannot be locked: {error.strerror}") from error
+        raise ConfigurationError(
+            f"{path} cannot be locked: {error.strerror}; put state_dir on a local file system"
+        ) from error
     finally:
         os.close(descriptor)
     return False

@@ -150,7 +150,9 @@ class RunLocks:
         give_up = self._clock.monotonic() + ASKED_SECONDS
         while (descriptor := _open_locked(path)) is None:
             if self._clock.monotonic() > give_up:
-                raise ConfigurationError(f"{path} is held, so the batchctl of this run is alive")
+                raise ConfigurationError(
+                    f"{path} is held, so the batchctl of this run is alive; `batchctl status` shows it"
+                )
             self._clock.sleep(0.01)
         return descriptor
 
@@ -160,7 +162,9 @@ def _open_locked(path: Path) -> int | None:
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
     except OSError as error:
-        raise ConfigurationError(f"{path} cannot be made: {error.strerror}") from error
+        raise ConfigurationError(
+            f"{path} cannot be made: {error.strerror}; make room, or choose another state_dir"
+        ) from error
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -162,7 +162,7 @@ def test_which_run_is_meant(batchctl):
     assert left() == search
     batchctl("run-batch", "--force-gap")
     done = batchctl("run-batch", "--resume", code=2)
-    assert "no run that a later success has not made up for" in done.stderr
+    assert "has no run left to continue" in done.stderr
     assert left("--run", whole) == whole
 
 
@@ -180,6 +180,22 @@ def test_wrong_wishes(batchctl):
     batchctl("run-batch")
     run_id = batchctl.json("history")["entries"][0]["run_id"]
     assert f"run {run_id} succeeded" in batchctl("run-batch", "--resume", "--run", run_id, code=2).stderr
+
+
+def test_every_counts_from_the_first_start_of_a_run_that_died_and_went_on(batchctl):
+    steps = [("31", "echo $$ > step.pid; test -e again || exec sleep 60")]
+    batchctl.configure(batch(steps, 'min_gap = "0s"\nevery = "48h"'))
+    process = batchctl.start("run-batch")
+    pid = batchctl.pid()
+    with psycopg.connect(batchctl.url) as connection:
+        wait_for(lambda: connection.execute("SELECT FROM batchctl.step_run").fetchone() is not None)
+    process.kill()
+    process.communicate()
+    os.killpg(pid, signal.SIGKILL)
+    wait_for(lambda: gone(pid))
+    (batchctl.directory / "again").touch()
+    assert batchctl.json("run-batch", "--resume")["outcome"] == "success"
+    assert batchctl.json("run-batch", code=75)["reason"] == "not_due"
 
 
 def test_the_guards_hold_for_a_run_that_goes_on(batchctl):

@@ -5,11 +5,16 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import replace
+from datetime import timedelta
 
 import psycopg
 import pytest
-from psycopg.conninfo import make_conninfo
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from support import Command, batch, gone, wait_for
+
+from batchctl.clock import SystemClock
+from batchctl.state.database import Database
+from batchctl.state.journal import Journal
 
 # The program with a heart that beats faster, so that a lease of five minutes is one of seconds.
 FAST_HEART = """
@@ -157,6 +162,74 @@ def test_a_standby_on_which_another_host_has_begun_ends_the_run(batchctl, other)
     stdout, _ = process.communicate(timeout=60)
     assert json.loads(stdout)["outcome"] == "stopped"
     assert other.json("run-batch", code=75)["reason"] == "running_elsewhere"
+    # Its end is recorded all the same, and counts.
+    ended = execute(batchctl.url, "SELECT run_id, outcome FROM batchctl.run WHERE outcome IS NOT NULL")
+    assert ended == [(json.loads(stdout)["run_id"], "stopped")]
+    assert execute(batchctl.url, "SELECT last_completed_at IS NOT NULL, last_outcome FROM batchctl.state") == [
+        (True, "stopped")
+    ]
+
+
+def test_a_standby_that_missed_that_a_run_goes_on_is_told_of_it(batchctl):
+    batchctl.configure(batch([("31", f"test -e again && {{ {WAITS}; }} || exit 1"), ("32", "true")]))
+    batchctl("run-batch", code=3)
+    (batchctl.directory / "again").touch()
+    process = fast(batchctl).start("run-batch", "--resume", "--json")
+    started(batchctl)
+    with psycopg.connect(batchctl.url) as connection:
+        connection.execute("UPDATE batchctl.run SET resumed = 0, outcome = 'partial', finished_at = now()")
+    wait_for(lambda: execute(batchctl.url, "SELECT outcome IS NULL AND resumed = 1 FROM batchctl.run")[0][0])
+    (batchctl.directory / "go_on").touch()
+    stdout, _ = process.communicate(timeout=60)
+    assert json.loads(stdout)["outcome"] == "success"
+    assert execute(batchctl.url, "SELECT outcome, resumed FROM batchctl.run") == [("success", 1)]
+
+
+def test_a_claim_whose_answer_was_lost_blocks_nobody(batchctl, other):
+    for host in (batchctl, other):
+        host.configure(batch([("31", "true")]))
+    run_id = batchctl.json("run-batch")["run_id"]
+    with psycopg.connect(batchctl.url) as connection:
+        connection.execute("UPDATE batchctl.run SET outcome = NULL, finished_at = NULL")
+        connection.execute("UPDATE batchctl.state SET last_completed_at = NULL")
+    assert other.json("run-batch", code=75)["reason"] == "running_elsewhere"
+    clock = SystemClock()
+    journal = Journal(batchctl.directory / "state", Database(conninfo_to_dict(batchctl.url), "batchctl", clock), clock)
+    journal.append("withdraw", {"run_id": run_id, "resumed": 0, "reason": "its answer was lost"})
+    batchctl("status")
+    assert other.json("run-batch")["outcome"] == "success"
+
+
+@pytest.mark.parametrize("part", ["earlier", "later"])
+def test_of_two_parts_of_a_run_the_later_one_counts(batchctl, part):
+    """What an earlier part has in its host's journal comes late, and gives way."""
+    batchctl.configure(batch([("31", "test -e again")]))
+    run_id = batchctl.json("run-batch", code=1)["run_id"]
+    with psycopg.connect(batchctl.url) as connection:
+        connection.execute("DELETE FROM batchctl.step_run")
+    (batchctl.directory / "again").touch()
+    assert batchctl.json("run-batch", "--resume")["outcome"] == "success"
+    clock = SystemClock()
+    journal = Journal(batchctl.directory / "state", Database(conninfo_to_dict(batchctl.url), "batchctl", clock), clock)
+    late = {
+        "run_id": run_id, "account": "default", "step": "31", "attempt": 1, "group": None, "quantity": 100, "log": "x",
+        "outcome": "failed", "reason": None, "exit_code": 1, "signal": None, "duration": timedelta(seconds=1),
+        "resumed": 0 if part == "earlier" else 2, "at": "2026-01-01T00:00:00Z",
+    }  # fmt: skip
+    journal.append("step_finished", late)
+    batchctl("status")
+    expected = "success" if part == "earlier" else "failed"
+    assert execute(batchctl.url, "SELECT outcome FROM batchctl.step_run") == [(expected,)]
+
+
+def test_a_role_that_only_reads_unless_told_otherwise(batchctl):
+    with psycopg.connect(batchctl.url, autocommit=True) as connection:
+        connection.execute(f"ALTER DATABASE {connection.info.dbname} SET default_transaction_read_only = on")
+    batchctl.configure(batch([("31", "true")]))
+    assert batchctl.json("run-batch")["outcome"] == "success"
+    assert batchctl.json("run-batch", code=75)["reason"] == "gap"
+    assert [entry["outcome"] for entry in batchctl.json("history")["entries"]] == ["skipped", "success"]
+    assert not list((batchctl.directory / "state").glob("journal/*.jsonl"))
 
 
 def test_a_long_grace_does_not_fit_a_lease(batchctl):

@@ -12,6 +12,8 @@ COMMENT ON COLUMN {schema}.run.resumed        IS 'How many times the run was con
 COMMENT ON COLUMN {schema}.run.duration       IS 'How long it ran, by a counter that never jumps; since it was last continued.';
 COMMENT ON COLUMN {schema}.run.stop_requested IS 'How another host asked the run to end: stop, after_step or now; read at each heartbeat.';
 
+COMMENT ON COLUMN {schema}.state.last_run_id IS 'The run that last started or went on; rollups have none.';
+
 ALTER TABLE {schema}.skip ADD COLUMN token text UNIQUE;
 COMMENT ON COLUMN {schema}.skip.token IS 'Chosen by whoever was skipped, so that a record that is repeated is not made twice.';
 
