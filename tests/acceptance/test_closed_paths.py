@@ -10,15 +10,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from support import PROGRAM, Command, batch, skip_or_fail
-
-ROLLUP = """
-[rollup.trend]
-source = "fact_events"
-time = "occurred_at"
-[rollup.trend.measures]
-events = "count(*)"
-"""
+from support import PROGRAM, ROLLUP, Command, batch, skip_or_fail
 
 
 @pytest.mark.parametrize("arguments", [["run-batch"], ["status"], ["orphans"], ["stop"], ["aggregate"], ["history"]])
@@ -40,7 +32,7 @@ def test_a_state_directory_that_may_not_be_entered_is_no_bug(arguments):
         whose = "is closed to its owner (mode 0000)"
     try:
         done = command(*arguments, code=None)
-        if "No module" in done.stderr:
+        if done.returncode in (126, 127) or "No module" in done.stderr:
             skip_or_fail("another user cannot read this Python or its packages")
         assert done.returncode == 78, done
         assert f"{state} {whose}" in done.stderr
