@@ -14,7 +14,6 @@ from batchctl.errors import DatabaseUnavailableError, UsageError
 from batchctl.guard.gap import Refusal, earliest_start, gap_rule, job_hours, refused
 from batchctl.guard.identity import ProcessIdentity
 from batchctl.guard.liveness import Orphan, Recorded, find_orphans, forget_runs, listed
-from batchctl.guard.lock import RUN_BATCH
 from batchctl.guard.pause import lifted_by
 from batchctl.logs import elapsed, shown
 from batchctl.schedule.cron import inside_hours, next_inside_hours
@@ -109,8 +108,8 @@ class Guards:
     def held(self, holder: Holder | None) -> Skip:
         if holder is None:
             return Skip("running", "Previous run is still in progress (its holder has not signed). Skipped.")
-        if holder.command != RUN_BATCH:
-            return Skip("running", f"`batchctl {holder.command}` (pid {holder.pid}) is at work on the batch. Skipped.")
+        if holder.looking is not None:
+            return Skip("running", f"`batchctl {holder.looking}` (pid {holder.pid}) is at work on the batch. Skipped.")
         return self._in_progress("running", HolderShown(holder.hostname, holder.pid, holder.started_at))
 
     def _in_progress(self, reason: str, holder: HolderShown, elsewhere: str = "") -> Skip:
@@ -200,17 +199,16 @@ class Guards:
 
         Without the database nothing starts in any case; this gives the reason that will still hold when it is back.
         """
+        if self.force_gap:
+            return None
         of_job = [entry for entry in journal.entries() if self.job in entry.values.get("jobs", ())]
         completed = [entry.values["at"] for entry in of_job if entry.name == "run_finished"]
         started = [entry.values["started_at"] for entry in of_job if entry.values.get("started_at")]
-        if self.force_gap:
-            return None
-        refusal = earliest_start(
-            gap_rule(self.batch, self.group, self.zone),
-            last_completed_at=datetime.fromisoformat(max(completed)) if completed else None,
-            last_started_at=datetime.fromisoformat(max(started)) if started else None,
+        refusal = self.refusal(
+            datetime.fromisoformat(max(completed)) if completed else None,
+            datetime.fromisoformat(max(started)) if started else None,
             # What the database would add to the gap is not known; it holds at least that long.
-            estimate=timedelta(0),
+            estimate_seconds=0,
         )
         return self._too_early(refusal, self.clock.now())
 

@@ -165,7 +165,7 @@ class Recovery:
             return self._ended(run)
         path = lock_path(self.configuration.state_dir, f"batch.{run.batch}")
         process = identify(os.getpid())
-        lock = acquire(path, Holder(self.host.hostname, *process, self.clock.now(), "recover"))
+        lock = acquire(path, Holder(self.host.hostname, *process, self.clock.now(), looking="recover"))
         if lock is None:
             holder = read_holder(path, self.clock)
             who = f"pid {holder.pid} on {holder.hostname}" if holder else "which has not signed"

@@ -128,10 +128,13 @@ class Runner:
                 "Step %s of account %s: attempt %d of %d %s; next in %ds",
                 *(step.step, step.account, tried, step.retries + 1, _in_words(ending), delay),
             )
-            again_at = self._clock.monotonic() + delay
-            self._interruption.wait(delay, lambda: self._stopped_by_policy or self._clock.monotonic() >= again_at)  # noqa: B023 - waited for here
+            self._wait_for_retry(delay)
         if ending is not None:
             self._conclude(step, ending)
+
+    def _wait_for_retry(self, delay: float) -> None:
+        again_at = self._clock.monotonic() + delay
+        self._interruption.wait(delay, lambda: self._stopped_by_policy or self._clock.monotonic() >= again_at)
 
     def _conclude(self, step: PlannedStep, ending: Ending) -> None:
         result = self._results[step.account, step.step]

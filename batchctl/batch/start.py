@@ -33,7 +33,6 @@ PATIENCE_SECONDS = 4.0
 """How long a start that comes once a day waits for a database that restarts just then."""
 CLAIM_LIMIT_SECONDS = 45.0
 """How long a start waits for a database that has taken the connection, whatever it does then."""
-WITHDRAWN = "the database granted the claim, but its answer was lost; nothing was started"
 
 
 @dataclass(frozen=True)
@@ -133,7 +132,7 @@ class Start:
         """Take back a claim that the database may have granted without our hearing of it; nothing was started."""
         for run_id, resumed in asking:
             with suppress(BatchctlError):
-                state.journal.append("withdraw", {"run_id": run_id, "resumed": resumed, "reason": WITHDRAWN})
+                state.journal.append("withdraw", {"run_id": run_id, "resumed": resumed})
 
     def _without_database(self, state: State) -> Skip | None:
         """Find without the database why there would be no start with it either."""

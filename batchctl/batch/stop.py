@@ -9,7 +9,7 @@ from batchctl.batch.interruption import STOP_SIGNALS, Stop
 from batchctl.errors import BatchctlError
 from batchctl.guard.ending import send
 from batchctl.guard.identity import ProcessIdentity, alive
-from batchctl.guard.lock import RUN_BATCH, lock_path, read_holder
+from batchctl.guard.lock import lock_path, read_holder
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -38,8 +38,8 @@ def ask_to_end(
         BatchctlError: it may not be asked, or it is dead.
     """
     holder = read_holder(lock_path(state_dir, f"batch.{batch}"), clock, patience=0)
-    if holder is not None and holder.command != RUN_BATCH:
-        return f"No run of {batch} is in progress; `batchctl {holder.command}` (pid {holder.pid}) is just looking."
+    if holder is not None and holder.looking is not None:
+        return f"No run of {batch} is in progress; `batchctl {holder.looking}` (pid {holder.pid}) is just looking."
     if holder is not None:
         return _signal(holder.identity, how)
     with connect() as store:

@@ -25,19 +25,15 @@ HOLDER_PATIENCE_SECONDS = 2.0
 """How long a start that was refused waits for the holder, which may just have won, to write its name."""
 
 
-RUN_BATCH = "run-batch"
-"""What holds a lock for as long as its work takes; others only look, and hold it for a moment."""
-
-
 class Holder(msgspec.Struct, frozen=True):
-    """The process that holds a lock."""
+    """The process that holds a lock; `looking` names a command that does not do the job's work, and is soon gone."""
 
     hostname: str
     pid: int
     start_ticks: int
     boot_id: str
     started_at: datetime
-    command: str = RUN_BATCH
+    looking: str | None = None
 
     @property
     def identity(self) -> ProcessIdentity:

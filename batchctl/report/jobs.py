@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from batchctl.guard.gap import earliest_start, gap_rule, job_hours
 from batchctl.guard.identity import ProcessIdentity, alive, boot_id
-from batchctl.guard.lock import RUN_BATCH, lock_path, read_holder
+from batchctl.guard.lock import lock_path, read_holder
 from batchctl.guard.pause import lifted_by
 from batchctl.logs import elapsed, shown
 from batchctl.schedule.cron import inside_hours, next_inside_hours, next_time
@@ -185,7 +185,7 @@ class JobReader:
         holder = read_holder(path, self._clock, patience=0)
         if (
             holder is not None
-            and holder.command == RUN_BATCH
+            and holder.looking is None
             and (job.group is None or (row is not None and row.run_id is not None))
         ):
             return _Running(holder.pid, holder.hostname, holder.started_at)

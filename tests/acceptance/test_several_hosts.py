@@ -195,7 +195,7 @@ def test_a_claim_whose_answer_was_lost_blocks_nobody(batchctl, other):
     assert other.json("run-batch", code=75)["reason"] == "running_elsewhere"
     clock = SystemClock()
     journal = Journal(batchctl.directory / "state", Database(conninfo_to_dict(batchctl.url), "batchctl", clock), clock)
-    journal.append("withdraw", {"run_id": run_id, "resumed": 0, "reason": "its answer was lost"})
+    journal.append("withdraw", {"run_id": run_id, "resumed": 0})
     batchctl("status")
     assert other.json("run-batch")["outcome"] == "success"
 

@@ -129,18 +129,9 @@ ON CONFLICT (job) DO UPDATE
 SET last_started_at = greatest(state.last_started_at, EXCLUDED.last_started_at), last_run_id = EXCLUDED.last_run_id;
 
 -- name: withdraw
--- Close a run that never began: its claim was made, but whoever made it was not told so.
-WITH withdrawn AS (
-    UPDATE {schema}.run SET outcome = 'crashed', reason = %(reason)s
-    WHERE run_id = %(run_id)s AND resumed = %(resumed)s AND outcome IS NULL
-    RETURNING run_id, batch
-)
-UPDATE {schema}.state AS s SET last_outcome = 'crashed', last_started_at = (
-    SELECT max(r.started_at) FROM {schema}.run r
-    WHERE r.batch = withdrawn.batch AND r.outcome IS NOT NULL AND r.outcome <> 'crashed' AND r.run_id <> withdrawn.run_id
-      AND (s.job = r.batch OR s.job = ANY(SELECT r.batch || '/' || name FROM unnest(r.groups) AS name))
-)
-FROM withdrawn WHERE s.last_run_id = withdrawn.run_id;
+-- Give up a claim that was granted without the answer being heard: the next start, on any host, closes the run as dead.
+UPDATE {schema}.run SET claimed_until = least(claimed_until, clock_timestamp())
+WHERE run_id = %(run_id)s AND resumed = %(resumed)s AND outcome IS NULL;
 
 -- name: heartbeat
 -- Say that a run is alive, prolong its lease if it has one, and hear what it is asked; no row if it is not ours any more.
