@@ -12,7 +12,8 @@ from batchctl.state.database import sql
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from batchctl.rollup.definition import Definition, Grain, Measure, Places
+    from batchctl.rollup.definition import Definition, Grain, Places
+    from batchctl.rollup.measure import Measure
     from batchctl.state.database import Session
 
 COMMA = sql.SQL(", ")

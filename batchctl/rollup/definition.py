@@ -1,22 +1,19 @@
-"""What a rollup keeps: its measures, how each merges upwards, the names of its columns and tables."""
+"""What a rollup keeps: its source, its grains, the names of its columns and tables."""
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from batchctl.errors import ConfigurationError
+from batchctl.rollup.measure import problem, read_measure
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
     from batchctl.config import Configuration, Rollup
-
-ALLOWED = "count(*), count(x), sum(x), min(x), max(x) or avg(x)"
-MERGE = {"count": "sum", "sum": "sum", "min": "min", "max": "max"}
-"""How the values of finer buckets make the value of a coarser one."""
+    from batchctl.rollup.measure import Measure, Part
 
 UNIT_SECONDS = {"s": 1, "m": 60, "h": 3600}
 LONGEST_NAME = 63
@@ -30,19 +27,6 @@ ROW_COLUMN = "batchctl_row"
 
 RESERVED = frozenset({"bucket", ROWS_COLUMN, ROW_COLUMN, "ctid", "xmin", "cmin", "xmax", "cmax", "tableoid"})
 
-CALL = re.compile(r"\s*([A-Za-z]+)\s*\((.*)\)\s*", re.DOTALL)
-TOKEN = re.compile(
-    r"""
-      (?<!\w)[eE]'(?:[^'\\]|\\.|'')*'             # text with escapes
-    | '(?:[^']|'')*'                              # text
-    | "(?:[^"]|"")*"                              # a quoted name
-    | (?<![\w$])(\$(?:[A-Za-z_]\w*)?\$).*?\1      # text between dollars
-    | (?P<comment>--|/\*)
-    | (?P<character>.)
-    """,
-    re.DOTALL | re.VERBOSE,
-)
-
 
 class Table(NamedTuple):
     """A table by its full name."""
@@ -52,42 +36,6 @@ class Table(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.schema}.{self.name}"
-
-
-@dataclass(frozen=True)
-class Part:
-    """One stored column of a measure."""
-
-    column: str
-    function: str
-    expression: str
-
-    @property
-    def merge(self) -> str:
-        """Name the function that merges finer buckets into a coarser one."""
-        return MERGE[self.function]
-
-
-@dataclass(frozen=True)
-class Measure:
-    """One value kept for each group of a bucket."""
-
-    name: str
-    function: str
-    expression: str
-
-    def __str__(self) -> str:
-        return f"{self.function}({self.expression})"
-
-    @property
-    def parts(self) -> tuple[Part, ...]:
-        """List the columns that are computed; an average is its sum and count, because averages do not merge."""
-        if self.function == "avg":
-            return (
-                Part(f"{self.name}_sum", "sum", self.expression),
-                Part(f"{self.name}_count", "count", self.expression),
-            )
-        return (Part(self.name, self.function, self.expression),)
 
 
 @dataclass(frozen=True)
@@ -215,8 +163,8 @@ def read_definition(name: str, rollup: Rollup, path: Path) -> Definition:
         read_measure(key, text, f"{place}.measures.{key}") for key, text in sorted(rollup.measures.items())
     )
     where = rollup.where.strip()
-    if where and (problem := _problem(where)):
-        raise ConfigurationError(f"{place}.where: found {where!r}, which {problem}; expected one condition in SQL")
+    if where and (wrong := problem(where)):
+        raise ConfigurationError(f"{place}.where: found {where!r}, which {wrong}; expected one condition in SQL")
     for key, text in (("source", rollup.source), ("time", rollup.time)):
         if not text.strip():
             raise ConfigurationError(f"{place}.{key}: found an empty text, expected the name of the {key}")
@@ -239,24 +187,6 @@ def read_definition(name: str, rollup: Rollup, path: Path) -> Definition:
     return definition
 
 
-def read_measure(name: str, text: str, place: str) -> Measure:
-    """Read `sum(value)`.
-
-    Raises:
-        ConfigurationError: it is anything but one of the functions around one expression.
-    """
-    call = CALL.fullmatch(text)
-    function, expression = (call[1].lower(), call[2].strip()) if call else ("", "")
-    known = function in ("count", "sum", "min", "max", "avg")
-    if not known or not expression or (expression == "*" and function != "count"):
-        raise ConfigurationError(f"{place}: found {text!r}, expected {ALLOWED}")
-    if re.match(r"(distinct|all)\b", expression, re.IGNORECASE):
-        raise ConfigurationError(f"{place}: found {text!r}, expected {ALLOWED}, without DISTINCT or ALL")
-    if problem := _problem(expression, one=True):
-        raise ConfigurationError(f"{place}: found {text!r}, whose x {problem}; expected {ALLOWED}")
-    return Measure(name, function, expression)
-
-
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Say in words what differs between two descriptions made by `Definition.as_json`."""
     found = []
@@ -269,25 +199,6 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         else:
             found.append(f"{key}: was {_brief(old)}, now {_brief(new)}")
     return found
-
-
-def _problem(text: str, *, one: bool = False) -> str:
-    """Say why a piece of SQL cannot stand between parentheses; empty if it can."""
-    depth = 0
-    for token in TOKEN.finditer(text):
-        character = token["character"]
-        depth += {"(": 1, ")": -1}.get(character, 0)
-        if token["comment"]:
-            return "holds a comment"
-        if depth < 0:
-            return "closes a parenthesis that it did not open"
-        if character in ("'", '"'):
-            return "opens a quote that it does not close"
-        if character == ";":
-            return "holds a semicolon"
-        if character == "," and not depth and one:
-            return "is more than one expression"
-    return "opens a parenthesis that it does not close" if depth else ""
 
 
 def _check_columns(definition: Definition, place: str) -> None:

@@ -10,7 +10,8 @@ from batchctl.rollup import compose
 from batchctl.rollup.definition import LONGEST_NAME, Places, Table
 
 if TYPE_CHECKING:
-    from batchctl.rollup.definition import Definition, Measure
+    from batchctl.rollup.definition import Definition
+    from batchctl.rollup.measure import Measure
     from batchctl.state.database import Session, sql
 
 SOURCE_KINDS = ("r", "p")

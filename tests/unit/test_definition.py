@@ -7,7 +7,8 @@ import pytest
 
 from batchctl.config import Rollup, parse_duration
 from batchctl.errors import ConfigurationError, ExitCode
-from batchctl.rollup.definition import Places, Table, differences, read_definition, read_measure
+from batchctl.rollup.definition import Places, Table, differences, read_definition
+from batchctl.rollup.measure import read_measure
 
 PATH = Path("/etc/batchctl.toml")
 
