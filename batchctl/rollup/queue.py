@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from batchctl.state.database import Session
 
 
+UNLIMITED = "0"
+"""How long a statement may take that reads a source as far as it goes."""
+
+
 class Range(NamedTuple):
     """Closed buckets in the queue: the first and the last, as seconds since 1970, and how many there are."""
 
@@ -64,6 +68,7 @@ def queue_history(work: Work) -> None:
     """Note what was there before the triggers; in one transaction with the flag, so that it happens once."""
     finest = Work(work.session, work.definition, work.definition.finest, work.places)
     with work.session.transaction():
+        finest.steady(UNLIMITED)
         if finest.run("claim_history"):
             finest.compute("queue_history")
 
@@ -82,7 +87,9 @@ def queue_range(work: Work, start: datetime, end: datetime) -> int:
         bucket=compose.bucket_of(work.session, work.grain, time),
         target=work.target,
     )
-    rows = work.session.run(statement, {**work.parameters, "start": start, "end": end})
+    with work.session.transaction():
+        work.steady(UNLIMITED)
+        rows = work.session.run(statement, {**work.parameters, "start": start, "end": end})
     buckets: int = rows[0].buckets
     return buckets
 

@@ -55,9 +55,13 @@ class Work:
         )
         return self.session.run(statement, {**self.parameters, **values})
 
+    def steady(self, statement_timeout: str = STATEMENT_TIMEOUT) -> None:
+        """Make the transaction that is open read the same whatever the role's settings are."""
+        self.run("steady", statement_timeout=statement_timeout, work_mem=WORK_MEMORY)
+
     def hold(self, how: str = "hold") -> bool:
         """Steady the transaction that is open and lock the job until its end; False if it is held elsewhere."""
-        self.run("steady", statement_timeout=STATEMENT_TIMEOUT, work_mem=WORK_MEMORY)
+        self.steady()
         return bool(self.run(how))
 
 
