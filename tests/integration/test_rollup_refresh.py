@@ -118,7 +118,8 @@ def queue(session, grain="1m"):
         bucket
         for (bucket,) in query(
             session,
-            f"SELECT DISTINCT bucket::text FROM batchctl.dirty_bucket WHERE grain = '{grain}' ORDER BY 1",
+            f"SELECT bucket::text FROM batchctl.dirty_bucket WHERE grain = '{grain}' "
+            f"UNION SELECT bucket::text FROM batchctl.queued_bucket WHERE grain = '{grain}' ORDER BY 1",
         )
     ]
 
