@@ -76,7 +76,7 @@ class Definition:
     @property
     def events(self) -> str | None:
         """Name the column that counts events, if a measure does."""
-        return next((part.column for part in self.parts if (part.function, part.expression) == ("count", "*")), None)
+        return next((measure.name for measure in self.measures if measure.call == "count(*)"), None)
 
     @property
     def finest(self) -> Grain:
@@ -122,8 +122,10 @@ class Places:
 
     source: Table
     targets: Mapping[str, Table]
-    averages: Mapping[str, str] = field(default_factory=dict, compare=False)
-    """The type that PostgreSQL gives to each average."""
+    types: Mapping[str, str] = field(default_factory=dict, compare=False)
+    """The type of each measure whose value is computed from its columns."""
+    extensions: Mapping[str, str] = field(default_factory=dict, compare=False)
+    """The schema of each extension that a measure needs."""
 
     def __str__(self) -> str:
         return ", ".join(map(str, (self.source, *self.targets.values())))
@@ -133,14 +135,15 @@ class Places:
         return {
             "source": list(self.source),
             "targets": {grain: list(table) for grain, table in self.targets.items()},
-            "averages": dict(self.averages),
+            "types": dict(self.types),
+            "extensions": dict(self.extensions),
         }
 
     @classmethod
     def from_json(cls, found: Mapping[str, Any]) -> Places:
         """Read what `as_json` wrote."""
         targets = {grain: Table(*table) for grain, table in found["targets"].items()}
-        return cls(Table(*found["source"]), targets, found["averages"])
+        return cls(Table(*found["source"]), targets, found["types"], found["extensions"])
 
 
 def read_definitions(configuration: Configuration) -> tuple[Definition, ...]:

@@ -167,7 +167,7 @@ def _comments(session: Session, definition: Definition, places: Places, grain: s
     texts = {"bucket": f"Start of the bucket, which is {grain} long and does not hold its end; UTC."}
     texts |= {name: f"Dimension {name} of {places.source}." for name in definition.dimensions}
     for measure in definition.measures:
-        texts |= {part.column: f"{part.function}({part.expression})" for part in measure.parts}
+        texts |= {part.column: str(part) for part in measure.parts}
         texts[measure.name] = str(measure)
     for column, comment in texts.items():
         yield session.statement(

@@ -61,6 +61,7 @@ SELECT job FROM {schema}.state WHERE job = %(job)s FOR UPDATE SKIP LOCKED
 -- What a transaction reads must not depend on its role or host: rows that a policy hides are an error rather than a
 -- smaller sum, and casts of times are in UTC. Compiling a chunk's statement takes longer (0.1 s) than running it.
 SELECT
+    set_config('extra_float_digits', '1', true) AS extra_float_digits,
     set_config('row_security', 'off', true) AS row_security,
     set_config('TimeZone', 'UTC', true) AS time_zone,
     set_config('jit', 'off', true) AS jit
@@ -164,8 +165,8 @@ CROSS JOIN LATERAL (
 WITH fresh ({columns}, {rows}) AS MATERIALIZED (
     {read}
 ), written AS (
-    INSERT INTO {target} AS kept ({columns}{averages})
-    SELECT {columns}{divisions} FROM fresh ORDER BY {key}
+    INSERT INTO {target} AS kept ({columns}{derived})
+    SELECT {columns}{derivations} FROM fresh ORDER BY {key}
     ON CONFLICT ON CONSTRAINT {constraint} DO UPDATE SET {assignments}
     WHERE ROW({kept}) IS DISTINCT FROM ROW({excluded})
     RETURNING kept.bucket
