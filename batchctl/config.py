@@ -20,7 +20,11 @@ CONTROLS = r"\x00-\x1f\x7f-\x9f\xad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f
 IDENTIFIER_PATTERN = rf"^[^\s/.{CONTROLS}]([^/{CONTROLS}]*[^\s/{CONTROLS}])?$(?!\n)"
 LONGEST_NAME = 60
 """Characters; a file name has at most 255 bytes, and a character up to four."""
-GRAIN_PATTERN = r"^[1-9][0-9]*[smh]$(?!\n)"
+GRAIN_PATTERN = r"^([1-9][0-9]*[smh]|1d)$(?!\n)"
+DAY = "1d"
+"""The grain of local days."""
+DAY_FROM_SECONDS = 15 * 60
+"""The coarsest grain that a local day is built from: every zone is a multiple of that away from UTC."""
 SCHEMA_PATTERN = r"^(?!pg_)[^%\x00-\x1f]+$(?!\n)"
 HOUR = 3600
 LONGEST_DAYS = 3650
@@ -37,7 +41,9 @@ Identifier = Annotated[
         description="no slash and no control character, no dot in front, no space at either end",
     ),
 ]
-Grain = Annotated[str, Meta(pattern=GRAIN_PATTERN, description="a number and s, m or h, up to 1h: 1m, 5m, 1h")]
+Grain = Annotated[
+    str, Meta(pattern=GRAIN_PATTERN, description="a number and s, m or h, up to 1h: 1m, 5m, 1h; or 1d, a local day")
+]
 Count = Annotated[int, Meta(ge=0, le=2_147_483_647)]
 
 
@@ -215,8 +221,8 @@ class Configuration(Struct, frozen=True, kw_only=True):
 
 
 def grain_seconds(grain: str) -> int:
-    """Turn 1m into 60."""
-    return int(grain[:-1]) * {"s": 1, "m": 60, "h": HOUR}[grain[-1]]
+    """Turn 1m into 60; most local days are as long as 1d says."""
+    return int(grain[:-1]) * {"s": 1, "m": 60, "h": HOUR, "d": 24 * HOUR}[grain[-1]]
 
 
 def json_schema() -> dict[str, Any]:

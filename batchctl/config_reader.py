@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import typing
@@ -12,6 +13,8 @@ import msgspec
 
 from batchctl.config import (
     CONTROLS,
+    DAY,
+    DAY_FROM_SECONDS,
     GRAIN_PATTERN,
     HOUR,
     IDENTIFIER_PATTERN,
@@ -150,18 +153,7 @@ class Reader:
 
     def rollup(self, raw: dict[str, Any], key_path: str) -> Rollup:
         rollup = self.section(raw, Rollup, key_path)
-        seconds = [grain_seconds(grain) for grain in rollup.grains]
-        for grain, length in zip(rollup.grains, seconds, strict=True):
-            if HOUR % length:
-                self.refuse(
-                    f"{key_path}.grains", f"found {grain!r}, expected a grain that divides 1h, such as 1m or 5m"
-                )
-        for finer, coarser in zip(rollup.grains, rollup.grains[1:], strict=False):
-            if grain_seconds(coarser) % grain_seconds(finer) or grain_seconds(coarser) == grain_seconds(finer):
-                self.refuse(
-                    f"{key_path}.grains",
-                    f"found {finer!r} before {coarser!r}, expected finest first and each dividing the next",
-                )
+        self.grains(f"{key_path}.grains", rollup.grains)
         if len(rollup.grains) > 1 and "{grain}" not in rollup.target:
             self.refuse(
                 f"{key_path}.target", f"found {rollup.target!r}, expected {{grain}} in it: a table for each grain"
@@ -174,6 +166,24 @@ class Reader:
         names = ("bucket", *rollup.dimensions, *rollup.measures)
         self.unique(f"{key_path}.measures", names)
         return rollup
+
+    def grains(self, key_path: str, grains: tuple[str, ...]) -> None:
+        bins = [grain for grain in grains if grain != DAY]
+        for grain in bins:
+            if HOUR % grain_seconds(grain):
+                self.refuse(key_path, f"found {grain!r}, expected a grain that divides 1h, such as 1m or 5m; or 1d")
+        for finer, coarser in itertools.pairwise(bins):
+            if grain_seconds(coarser) % grain_seconds(finer) or grain_seconds(coarser) == grain_seconds(finer):
+                self.refuse(
+                    key_path, f"found {finer!r} before {coarser!r}, expected finest first and each dividing the next"
+                )
+        if DAY in grains[:-1]:
+            self.refuse(key_path, f"found {DAY!r} before {grains[-1]!r}, expected finest first, and {DAY} once")
+        if DAY in grains and not any(grain_seconds(grain) <= DAY_FROM_SECONDS for grain in bins):
+            self.refuse(
+                key_path,
+                f"found {DAY!r} without a grain of at most 15m to build it from; expected one, such as 5m",
+            )
 
     def tables(self, data: dict[str, Any], key: str, key_path: str) -> list[tuple[str, dict[str, Any]]]:
         found = data.get(key, {})
@@ -249,7 +259,7 @@ def _explain(problem: str, raw: Any, inner: str, kind: type) -> str:
     for pattern, text in (
         (NAME_PATTERN, _broken(found, NAME_RULES)),
         (IDENTIFIER_PATTERN, _broken(found, IDENTIFIER_RULES)),
-        (GRAIN_PATTERN, "a grain such as 1m, 5m or 1h"),
+        (GRAIN_PATTERN, "a grain such as 1m, 5m, 1h or 1d"),
         (SCHEMA_PATTERN, "a name without % that does not begin with pg_"),
     ):
         if text and (repr(pattern) in expected or pattern in expected):

@@ -30,6 +30,9 @@ def aggregate(
     rebuild: Annotated[bool, typer.Option("--rebuild", help="Compute a range anew, with --from and --to.")] = False,
     start: Annotated[str | None, typer.Option("--from", metavar="T", help="Start of the range, inside.")] = None,
     end: Annotated[str | None, typer.Option("--to", metavar="T", help="End of the range, outside.")] = None,
+    jobs: Annotated[
+        int, typer.Option("--jobs", metavar="N", min=1, max=64, help="Work a backlog off N chunks at a time.")
+    ] = 1,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what is waiting, and change nothing.")] = False,
     skip_exit_code: SkipExitCode = 75,
     json: Json = False,
@@ -58,6 +61,7 @@ def aggregate(
         connect=functools.partial(_look, session) if dry_run else session.connect,
         journal=lambda: session.journal,
         rebuild=span,
+        jobs=jobs,
     )
     if dry_run:
         render.waiting(call.waiting(), json=json)

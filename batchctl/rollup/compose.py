@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from batchctl.rollup.definition import Definition, Grain, Places
+    from batchctl.rollup.work import Work
     from batchctl.state.database import Session
 
 COMMA = sql.SQL(", ")
@@ -79,18 +80,64 @@ def built_from(definition: Definition, grain: Grain, places: Places) -> tuple[sq
     return quoted(*places.targets[finer.name]), quoted("bucket")
 
 
-def refresh(session: Session, definition: Definition, grain: Grain, places: Places, *, apart: bool) -> sql.Composed:
+def bucket_of(session: Session, grain: Grain, instant: sql.Composable) -> sql.Composed:
+    """Write the start of the bucket that an instant lies in."""
+    if grain.zone:
+        return sql.SQL("{}.local_day({}, {})").format(session.schema, instant, text(grain.zone))
+    # From 2000, PostgreSQL's own zero: from any other origin the farthest times overflow, and a trigger would make the
+    # application's insert fail.
+    return sql.SQL("date_bin({}, {}, '2000-01-01 00:00:00+00')").format(_width(grain), instant)
+
+
+def next_bucket(session: Session, grain: Grain, bucket: sql.Composable) -> sql.Composed:
+    """Write the start of the bucket after one."""
+    if grain.zone:
+        # No local day has fewer than 22 hours or more than 26.
+        return bucket_of(session, grain, sql.SQL("{} + interval '30 hours'").format(bucket))
+    return sql.SQL("{} + {}").format(bucket, _width(grain))
+
+
+def open_bucket(session: Session, definition: Definition, grain: Grain) -> sql.Composed:
+    """Write the bucket that is open now by the database's clock; those before it are closed."""
+    settle = text(f"{definition.settle_seconds} seconds")
+    return bucket_of(session, grain, sql.SQL("now() - interval {}").format(settle))
+
+
+def aggregated_until(session: Session, definition: Definition, grain: Grain) -> sql.Composed:
+    """Write how far a tick that finds nothing more to do has looked: a coarser grain sees what the finer one wrote."""
+    now = open_bucket(session, definition, grain)
+    finer = definition.finer(grain.name)
+    if finer is None:
+        return now
+    seen = sql.SQL("(SELECT aggregated_until FROM {}.state WHERE job = {})").format(
+        session.schema, text(definition.job(finer.name))
+    )
+    # Unknown as long as the finer grain has not looked at all.
+    return sql.SQL("CASE WHEN {seen} IS NOT NULL THEN least({now}, {bucket}) END").format(
+        seen=seen, now=now, bucket=bucket_of(session, grain, seen)
+    )
+
+
+def text(value: str) -> sql.SQL:
+    """Write a text of ours for a statement that is run with parameters."""
+    return operator_sql(sql.Literal(value).as_string())
+
+
+def _width(grain: Grain) -> sql.Composed:
+    return sql.SQL("interval {}").format(sql.Literal(f"{grain.seconds} seconds"))
+
+
+def replacement(work: Work, *, apart: bool, occupied: bool) -> sql.Composed:
     """Compose the statement that replaces the buckets of a chunk.
 
     Args:
-        session: Knows our schema.
-        definition: The rollup.
-        grain: The grain whose table is written.
-        places: The tables.
+        work: The grain whose table is written.
         apart: True if the buckets are not all neighbours of each other.
+        occupied: True if the table holds rows between the first of the buckets and the last.
     """
     from batchctl.rollup import values  # noqa: PLC0415 - which is made of the pieces below
 
+    session, definition, grain, places = work.session, work.definition, work.grain, work.places
     target = places.targets[grain.name]
     finest = definition.finer(grain.name) is None
     stored = [part.column for part in definition.parts]
@@ -99,6 +146,7 @@ def refresh(session: Session, definition: Definition, grain: Grain, places: Plac
     source, time = built_from(definition, grain, places)
     read = session.statement(
         "rollup.read_ranges" if apart else "rollup.read_range",
+        bucket=bucket_of(session, grain, time),
         source=source,
         time=time,
         dimensions=sql.Composed([sql.SQL(", {}").format(quoted(name)) for name in definition.dimensions]),
@@ -108,7 +156,7 @@ def refresh(session: Session, definition: Definition, grain: Grain, places: Plac
         where=condition(definition) if finest else sql.SQL(""),
     )
     return session.statement(
-        "rollup.refresh",
+        "rollup.refresh" if occupied else "rollup.fill",
         read=read,
         target=quoted(*target),
         constraint=quoted(constraint_name(target)),
@@ -119,10 +167,25 @@ def refresh(session: Session, definition: Definition, grain: Grain, places: Plac
         rows=quoted(ROWS_COLUMN),
         events=quoted(definition.events or ROWS_COLUMN),
         key=names(definition.key),
+        order=COMMA.join(_order(places, column) for column in definition.key),
         assignments=COMMA.join(
             sql.SQL("{} = {}").format(quoted(column), quoted("excluded", column)) for column in columns
         ),
         kept=COMMA.join(values.compared(definition, places, "kept")),
         excluded=COMMA.join(values.compared(definition, places, "excluded")),
-        mark=session.statement("rollup.mark") if definition.coarser(grain.name) else sql.SQL(""),
+        marks=sql.Composed([_mark(session, parent) for parent in definition.coarser(grain.name)]),
+    )
+
+
+def _order(places: Places, column: str) -> sql.Composed:
+    collation = places.collations.get(column, "")
+    return sql.SQL("{}{}").format(quoted(column), sql.SQL(collation))
+
+
+def _mark(session: Session, parent: Grain) -> sql.Composed:
+    return session.statement(
+        "rollup.mark",
+        name=quoted(f"marked_{parent.name}"),
+        grain=text(parent.name),
+        bucket=bucket_of(session, parent, quoted("bucket")),
     )

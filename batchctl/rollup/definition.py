@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from batchctl.config import DAY, DAY_FROM_SECONDS, grain_seconds
 from batchctl.errors import ConfigurationError
 from batchctl.rollup.measure import problem, read_measure
 
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
     from batchctl.config import Configuration, Rollup
     from batchctl.rollup.measure import Measure, Part
 
-UNIT_SECONDS = {"s": 1, "m": 60, "h": 3600}
 LONGEST_NAME = 63
 """PostgreSQL cuts longer names without a word (bytes)."""
 
@@ -46,6 +46,8 @@ class Grain:
     seconds: int
     target: str
     """The table as the configuration writes it, with the grain filled in."""
+    zone: str = ""
+    """The time zone of local days, empty for bins of UTC."""
 
 
 @dataclass(frozen=True)
@@ -89,12 +91,14 @@ class Definition:
 
     def finer(self, name: str) -> Grain | None:
         """Return the grain that this one is built from, None for the one built from the source."""
-        position = self._position(name)
-        return self.grains[position - 1] if position else None
+        before = self.grains[: self._position(name)]
+        if name == DAY:
+            before = tuple(grain for grain in before if grain.seconds <= DAY_FROM_SECONDS)
+        return before[-1] if before else None
 
-    def coarser(self, name: str) -> Grain | None:
-        """Return the grain that is built from this one, None for the last."""
-        return next(iter(self.grains[self._position(name) + 1 :]), None)
+    def coarser(self, name: str) -> tuple[Grain, ...]:
+        """Return the grains that are built from this one."""
+        return tuple(grain for grain in self.grains if self.finer(grain.name) == self.grain(name))
 
     def job(self, grain: str) -> str:
         """Name the row of the state table: trend/1m."""
@@ -110,6 +114,7 @@ class Definition:
             "grains": [grain.name for grain in self.grains],
             "target": self.target,
             "measures": {measure.name: str(measure) for measure in self.measures},
+            **({"timezone": self.grains[-1].zone} if self.grains[-1].zone else {}),
         }
 
     def _position(self, name: str) -> int:
@@ -126,6 +131,8 @@ class Places:
     """The type of each measure whose value is computed from its columns."""
     extensions: Mapping[str, str] = field(default_factory=dict, compare=False)
     """The schema of each extension that a measure needs."""
+    collations: Mapping[str, str] = field(default_factory=dict, compare=False)
+    """How the targets compare a dimension, where that is not how the source does."""
 
     def __str__(self) -> str:
         return ", ".join(map(str, (self.source, *self.targets.values())))
@@ -137,13 +144,21 @@ class Places:
             "targets": {grain: list(table) for grain, table in self.targets.items()},
             "types": dict(self.types),
             "extensions": dict(self.extensions),
+            "collations": dict(self.collations),
         }
 
     @classmethod
     def from_json(cls, found: Mapping[str, Any]) -> Places:
         """Read what `as_json` wrote."""
         targets = {grain: Table(*table) for grain, table in found["targets"].items()}
-        return cls(Table(*found["source"]), targets, found["types"], found["extensions"])
+        return cls(
+            Table(*found["source"]),
+            targets,
+            # A rollup of an earlier version has averages, and nothing else that is computed from its columns.
+            found.get("types", found.get("averages", {})),
+            found.get("extensions", {}),
+            found.get("collations", {}),
+        )
 
 
 def read_definitions(configuration: Configuration) -> tuple[Definition, ...]:
@@ -152,11 +167,24 @@ def read_definitions(configuration: Configuration) -> tuple[Definition, ...]:
     Raises:
         ConfigurationError: names the file, the key path, what was found and what is allowed.
     """
-    return tuple(read_definition(name, rollup, configuration.path) for name, rollup in configuration.rollups.items())
+    zone = configuration.timezone or ""
+    if not zone and any(DAY in rollup.grains for rollup in configuration.rollups.values()):
+        from batchctl.schedule.cron import local_zone  # noqa: PLC0415 - only local days need to know
+
+        zone = str(local_zone(None))
+    return tuple(
+        read_definition(name, rollup, configuration.path, zone) for name, rollup in configuration.rollups.items()
+    )
 
 
-def read_definition(name: str, rollup: Rollup, path: Path) -> Definition:
+def read_definition(name: str, rollup: Rollup, path: Path, zone: str = "UTC") -> Definition:
     """Check one rollup.
+
+    Args:
+        name: Its name.
+        rollup: As it is configured.
+        path: The file, for messages.
+        zone: The time zone of local days.
 
     Raises:
         ConfigurationError: names the file, the key path, what was found and what is allowed.
@@ -178,7 +206,12 @@ def read_definition(name: str, rollup: Rollup, path: Path) -> Definition:
         dimensions=tuple(rollup.dimensions),
         where=where,
         grains=tuple(
-            Grain(grain, int(grain[:-1]) * UNIT_SECONDS[grain[-1]], rollup.target.replace("{grain}", grain))
+            Grain(
+                grain,
+                grain_seconds(grain),
+                rollup.target.replace("{grain}", grain),
+                zone if grain == DAY else "",
+            )
             for grain in rollup.grains
         ),
         target=rollup.target,

@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from batchctl.errors import BatchctlError, ConfigurationError, DatabaseUnavailableError
 from batchctl.guard.pause import lifted_by
-from batchctl.rollup import compose
-from batchctl.rollup.chunk import Work, parameters, refresh_chunk, since
-from batchctl.rollup.definition import Places, differences
+from batchctl.rollup import queue
+from batchctl.rollup.backlog import FIRST_BUCKETS, MOST_BUCKETS, Alone, Chunks, Crew, Pace
+from batchctl.rollup.chunk import since
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
+    from contextlib import AbstractContextManager
     from datetime import datetime
     from logging import Logger
 
     from batchctl.clock import Clock
     from batchctl.rollup.chunk import Chunk
-    from batchctl.rollup.definition import Definition, Grain
+    from batchctl.rollup.definition import Definition
+    from batchctl.rollup.work import Work
     from batchctl.state.database import Session
-
-# Four hours of minutes: enough to spread a transaction's cost, few enough that a budget of seconds is kept on a busy
-# source and that what a crash repeats is little.
-CHUNK_BUCKETS = 240
 
 Outcome = Literal["success", "empty", "skipped", "failed"]
 
@@ -67,22 +64,42 @@ ELSEWHERE = _Progress("skipped", "running_elsewhere", ())
 
 
 @dataclass(frozen=True)
-class _Limits:
-    """How much one call may do."""
+class Limits:
+    """How much one call may do, and with what.
 
+    Args:
+        deadline: When to start no further chunk, as `clock.monotonic()` counts; one chunk is always done, so that a
+            backlog in a finer grain never starves a coarser one. By default the rollup's budget from now.
+        most_buckets: Buckets of one transaction at most; how many it really takes depends on their rows.
+        jobs: How many chunks at a time.
+        connect: Opens a session for each further one of them.
+        progress: Is told the buckets of each chunk that is done.
+    """
+
+    deadline: float | None = None
+    most_buckets: int = MOST_BUCKETS
+    jobs: int = 1
+    connect: Callable[[], AbstractContextManager[Session]] | None = None
+    progress: Callable[[str, int], None] | None = None
+
+
+NO_LIMITS = Limits()
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One call for one grain, under way."""
+
+    work: Work
+    seen: Any
     deadline: float
-    chunk_buckets: int
+    limits: Limits
+    clock: Clock
+    log: Logger
 
 
-def tick(
-    session: Session,
-    definition: Definition,
-    grain: str,
-    clock: Clock,
-    log: Logger,
-    *,
-    deadline: float | None = None,
-    chunk_buckets: int = CHUNK_BUCKETS,
+def tick(  # noqa: PLR0917 - the first five are what every tick has
+    session: Session, definition: Definition, grain: str, clock: Clock, log: Logger, limits: Limits = NO_LIMITS
 ) -> GrainResult:
     """Bring one grain up to date, newest buckets first.
 
@@ -92,41 +109,39 @@ def tick(
         grain: Name of the grain.
         clock: Measures durations and the deadline.
         log: Takes the lines; one about a start carries its time as `at`.
-        deadline: When to start no further chunk, as `clock.monotonic()` counts; one chunk is always done, so that a
-            backlog in a finer grain never starves a coarser one. By default the rollup's budget from now.
-        chunk_buckets: Buckets of one transaction.
+        limits: How much to do.
 
     Raises:
         ConfigurationError: the rollup is not migrated, or has changed since, or a right is missing.
         DatabaseUnavailableError: the database was lost; what was committed stays.
     """
     begun = clock.monotonic()
-    deadline = begun + definition.budget_seconds if deadline is None else deadline
-    seen, work = _look(session, definition, definition.grain(grain))
+    deadline = begun + definition.budget_seconds if limits.deadline is None else limits.deadline
+    seen, work = queue.look(session, definition, definition.grain(grain))
     if seen.paused:
         message = f"{grain} aggregation is paused: {lifted_by(seen.paused)}. Skipped."
         log.warning(message)
         return GrainResult(definition.name, grain, "skipped", "paused", detail=message)
     if not seen.known:
         work.run("add_state")
-    if seen.history_queued and not seen.marked and not seen.dirty:
+    if seen.history_queued and not seen.dirty:
         log.debug(NOTHING, seen.newest)
-        _complete(work, "empty", seen.started)
+        work.run("nothing", started=seen.started, until=seen.until, seen=seen.seen)
         return GrainResult(definition.name, grain, "empty", duration_seconds=since(begun, clock))
-    work.run("started", started=seen.started)
     try:
-        done = _catch_up(work, seen, _Limits(deadline, chunk_buckets), clock, log)
+        done = _catch_up(_Call(work, seen, deadline, limits, clock, log))
     except ConfigurationError:
-        _complete(work, "failed", seen.started)
+        work.run("end_unheld", outcome="failed")
         raise
-    if done.outcome == "empty":
-        log.debug(NOTHING, seen.newest)
     detail = None
     if done.outcome == "skipped":
         detail = f"{grain} aggregation is running elsewhere. Skipped."
         log.info(detail)
+        remaining = queue.waiting(work)
     else:
-        _complete(work, done.outcome, seen.started)
+        if done.outcome == "empty":
+            log.debug(NOTHING, seen.newest)
+        remaining = queue.settle(work, done.outcome, seen.until if done.outcome != "failed" else None)
     return GrainResult(
         definition.name,
         grain,
@@ -136,7 +151,7 @@ def tick(
         source_rows=sum(chunk.source_rows for chunk in done.chunks),
         rows_written=sum(chunk.rows_written for chunk in done.chunks),
         rows_deleted=sum(chunk.rows_deleted for chunk in done.chunks),
-        remaining_buckets=work.run("remaining")[0].buckets,
+        remaining_buckets=remaining,
         duration_seconds=since(begun, clock),
         detail=detail,
     )
@@ -158,18 +173,8 @@ def rebuild(session: Session, definition: Definition, grain: str, start: datetim
     Raises:
         ConfigurationError: the rollup is not migrated, or has changed since.
     """
-    seen, work = _look(session, definition, definition.grain(grain))
-    if seen.paused:
-        return 0
-    seconds = work.grain.seconds
-    low = int(start.timestamp() // seconds) * seconds
-    high = -int(-end.timestamp() // seconds) * seconds
-    source, time = compose.built_from(definition, work.grain, work.places)
-    statement = session.statement("rollup.queue_range", source=source, time=time, target=work.target)
-    with session.transaction():
-        work.run("steady")
-        queued: int = session.run(statement, {**work.parameters, "low": low, "high": high})[0].buckets
-    return queued
+    seen, work = queue.look(session, definition, definition.grain(grain))
+    return 0 if seen.paused else queue.queue_range(work, start, end)
 
 
 def waiting(session: Session, definition: Definition, grain: str) -> int:
@@ -178,66 +183,52 @@ def waiting(session: Session, definition: Definition, grain: str) -> int:
     Raises:
         ConfigurationError: the rollup is not migrated, or has changed since.
     """
-    _, work = _look(session, definition, definition.grain(grain))
-    buckets: int = work.run("remaining")[0].buckets
-    return buckets
+    _, work = queue.look(session, definition, definition.grain(grain))
+    return queue.waiting(work)
 
 
-def _look(session: Session, definition: Definition, grain: Grain) -> tuple[Any, Work]:
-    now = definition.as_json()
-    seen = session.fetch_one("rollup.look", **parameters(definition, grain), definition=json.dumps(now))
-    if seen is None:
-        raise ConfigurationError(f"rollup.{definition.name} has no tables yet; run `batchctl migrate`")
-    before = dict(seen.definition)
-    places = before.pop("places")
-    if "dropping" in before:
-        raise ConfigurationError(
-            f"rollup.{definition.name} is being dropped; run `batchctl migrate --drop {definition.name}` again"
-        )
-    if before.pop("unfinished", False):
-        raise ConfigurationError(f"rollup.{definition.name} is not complete yet; run `batchctl migrate` again")
-    if not seen.current:
-        raise ConfigurationError(
-            f"rollup.{definition.name} has changed since it was migrated ({'; '.join(differences(before, now))}); "
-            "run `batchctl migrate`, which says how to go on"
-        )
-    return seen, Work(session, definition, grain, Places.from_json(places))
-
-
-def _catch_up(work: Work, seen: Any, limits: _Limits, clock: Clock, log: Logger) -> _Progress:
+def _catch_up(call: _Call) -> _Progress:
+    work, limits = call.work, call.limits
     done: list[Chunk] = []
+    faults: list[Chunk] = []
     try:
-        if not seen.history_queued:
-            _queue_history(work)
-        free = not seen.marked or _expand_markers(work)
-        progress = _chunks(work, limits, clock, log, done) if free else ELSEWHERE
+        if not call.seen.history_queued:
+            queue.queue_history(work)
+        if not queue.sort_in(work, call.seen.started):
+            return ELSEWHERE
+        with _crew(call) as crew:
+            for chunk in Chunks(work, crew, Pace(limits.most_buckets), call.clock, call.deadline):
+                if chunk is None:
+                    return ELSEWHERE if not done and not faults else _sum_up(done, faults)
+                (faults if chunk.failure else done).append(chunk)
+                if limits.progress:
+                    limits.progress(work.grain.name, len(chunk.buckets))
     except (DatabaseUnavailableError, ConfigurationError):
         raise
     except BatchctlError as error:
         progress = _Progress("failed", " ".join(str(error).split()), tuple(done))
+    else:
+        progress = _sum_up(done, faults)
     if progress.outcome == "failed":
-        log.error("%s aggregation failed: %s", work.grain.name, progress.reason)
+        call.log.error("%s aggregation failed: %s", work.grain.name, progress.reason)
     return progress
 
 
-def _chunks(work: Work, limits: _Limits, clock: Clock, log: Logger, done: list[Chunk]) -> _Progress:
-    """Refresh chunk by chunk; one that fails is halved down to the bucket at fault, which stays queued."""
-    faults: list[Chunk] = []
-    size, below = limits.chunk_buckets, None
-    while not (done or faults) or clock.monotonic() < limits.deadline:
-        chunk = refresh_chunk(work, size, below, clock, log)
-        if chunk is None and not done and not faults:
-            return ELSEWHERE
-        if chunk is None or not chunk.buckets:
-            break
-        if chunk.failure is None:
-            done.append(chunk)
-            size = min(2 * size, limits.chunk_buckets)
-        elif len(chunk.buckets) > 1:
-            size = len(chunk.buckets) // 2
-        else:
-            faults.append(chunk)
-            below = chunk.buckets[0][0]
+def _crew(call: _Call) -> AbstractContextManager[Crew]:
+    connect, jobs = call.limits.connect, call.limits.jobs
+    if jobs > 1 and connect is not None and _is_large(call.work):
+        from batchctl.rollup.team import Team  # noqa: PLC0415 - only a backlog needs threads
+
+        return Team(call.work, jobs, connect, call.clock, call.log)
+    return Alone(call.work, call.clock, call.log)
+
+
+def _is_large(work: Work) -> bool:
+    found = queue.pick(work, FIRST_BUCKETS + 1, None)
+    return found is not None and found.buckets > FIRST_BUCKETS
+
+
+def _sum_up(done: Sequence[Chunk], faults: Sequence[Chunk]) -> _Progress:
     if faults:
         return _Progress("failed", _blame(faults), tuple(done))
     return _Progress("success" if done else "empty", None, tuple(done))
@@ -247,34 +238,3 @@ def _blame(faults: Sequence[Chunk]) -> str:
     shown = [fault.buckets[0][1] for fault in faults]
     more = f" and {len(shown) - NAMED_BUCKETS} more" if len(shown) > NAMED_BUCKETS else ""
     return f"bucket {', '.join(shown[:NAMED_BUCKETS])}{more}: {faults[0].failure}"
-
-
-def _queue_history(work: Work) -> None:
-    """Queue what was there before the triggers; in one transaction with the flag, so that it happens once."""
-    finest = work.definition.finest
-    parameters = {**work.parameters, "grain": finest.name, "seconds": finest.seconds}
-    statement = work.session.statement(
-        "rollup.queue_history",
-        source=compose.quoted(*work.places.source),
-        time=compose.quoted(work.definition.time),
-    )
-    with work.session.transaction():
-        work.run("steady")
-        if work.run("claim_history"):
-            work.session.run(statement, parameters)
-
-
-def _expand_markers(work: Work) -> bool:
-    """Replace the marks for "everything" by the buckets of the table; False if the job is held elsewhere."""
-    with work.session.transaction():
-        work.run("steady")
-        if not work.run("hold"):
-            return False
-        # In this order for the reason given in refresh_chunk.
-        if work.run("take_markers"):
-            work.session.run(work.session.statement("rollup.queue_target", target=work.target), work.parameters)
-    return True
-
-
-def _complete(work: Work, outcome: str, started: float) -> None:
-    work.run("completed", outcome=outcome, started=started)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import socket
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -13,7 +13,7 @@ from batchctl.errors import BatchctlError, ConfigurationError, DatabaseUnavailab
 from batchctl.guard.identity import identify
 from batchctl.guard.lock import Holder, acquire, lock_path, read_holder
 from batchctl.logs import elapsed, shown
-from batchctl.rollup.refresh import GrainResult, rebuild, tick, waiting
+from batchctl.rollup.refresh import GrainResult, Limits, rebuild, tick, waiting
 from batchctl.schedule.cron import inside_hours
 from batchctl.state.within import within
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from batchctl.clock import Clock
     from batchctl.config import Configuration
     from batchctl.rollup.definition import Definition
+    from batchctl.state.database import Session
     from batchctl.state.journal import Journal
     from batchctl.state.store import Store
 
@@ -63,6 +64,8 @@ class Aggregate:
         connect: Opens a store for a block.
         journal: Names the journal, which keeps what the database cannot be told.
         rebuild: A range to be queued first.
+        jobs: How many chunks of a grain are worked off at a time.
+        progress: Is told the grain and the number of buckets of each chunk that is done.
     """
 
     configuration: Configuration
@@ -74,6 +77,8 @@ class Aggregate:
     connect: Callable[..., AbstractContextManager[Store]]
     journal: Callable[[], Journal]
     rebuild: Rebuild | None = None
+    jobs: int = 1
+    progress: Callable[[str, int], None] | None = None
     _open: ExitStack = field(default_factory=ExitStack)
     _store: Store | None = None
     _refused: set[str] = field(default_factory=set)
@@ -142,7 +147,10 @@ class Aggregate:
         session = self._connected().session
         if self.rebuild is not None:
             rebuild(session, definition, grain, self.rebuild.start, self.rebuild.end)
-        result = tick(session, definition, grain, self.clock, log, deadline=begun + definition.budget_seconds)
+        limits = Limits(
+            begun + definition.budget_seconds, jobs=self.jobs, connect=self._another, progress=self.progress
+        )
+        result = tick(session, definition, grain, self.clock, log, limits)
         if result.outcome == "skipped":
             self._skips.append(_Skip(definition.job(grain), str(result.reason), str(result.detail)))
         return result
@@ -160,6 +168,11 @@ class Aggregate:
         if self._store is None:
             self._store = self._open.enter_context(self.connect())
         return self._store
+
+    @contextmanager
+    def _another(self) -> Iterator[Session]:
+        with self.connect() as store:
+            yield store.session
 
     def _in_progress(self, holder: Holder | None) -> str:
         if holder is None:

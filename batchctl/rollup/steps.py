@@ -164,7 +164,9 @@ def _comments(session: Session, definition: Definition, places: Places, grain: s
     table = sql.Identifier(*places.targets[grain])
     text = f"Rollup {definition.name}: {origin} in buckets of {grain}; kept by batchctl, not to be written by hand."
     yield session.statement("rollup.comment_table", table=table, text=sql.Literal(text))
-    texts = {"bucket": f"Start of the bucket, which is {grain} long and does not hold its end; UTC."}
+    zone = definition.grain(grain).zone
+    what = f"which is a day in {zone}" if zone else f"which is {grain} long"
+    texts = {"bucket": f"Start of the bucket, {what} and does not hold its end; UTC."}
     texts |= {name: f"Dimension {name} of {places.source}." for name in definition.dimensions}
     for measure in definition.measures:
         texts |= {part.column: str(part) for part in measure.parts}
@@ -181,7 +183,7 @@ def _body(session: Session, definition: Definition) -> str:
         "rollup.capture_body",
         rollup=sql.Literal(definition.name),
         grain=sql.Literal(finest.name),
-        width=sql.SQL("interval {}").format(sql.Literal(f"{finest.seconds} seconds")),
+        bucket=compose.bucket_of(session, finest, sql.Identifier(definition.time)),
         time=sql.Identifier(definition.time),
     )
     return f"\n{body.as_string()}\n"

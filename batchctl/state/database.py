@@ -108,6 +108,10 @@ class Session:
         rows = self.fetch(name, **parameters)
         return rows[0] if rows else None
 
+    def cancel(self) -> None:
+        """End the statement that another thread runs in this session, if there is one."""
+        self.connection.cancel()
+
     @contextmanager
     def bounded(self, *, lock: str = "10s", statement: str = "15s") -> Iterator[None]:
         """Commit the block's statements together, and durably; none of them waits longer than that.

@@ -16,7 +16,7 @@ from batchctl.config import Rollup
 from batchctl.errors import BatchctlError
 from batchctl.rollup.ddl import migrate
 from batchctl.rollup.definition import read_definition
-from batchctl.rollup.refresh import tick
+from batchctl.rollup.refresh import Limits, tick
 from batchctl.state.database import Database
 from batchctl.state.migrate import upgrade
 
@@ -179,8 +179,7 @@ def test_whatever_writers_do_at_the_same_time_every_grain_ends_equal_to_its_sour
             grain,
             CLOCK,
             LOG,
-            chunk_buckets=chances.randint(1, 30),
-            deadline=CLOCK.monotonic() + 0.05,
+            Limits(CLOCK.monotonic() + 0.05, chances.randint(1, 30)),
         )
         assert result.outcome in ("success", "empty"), result
         rounds += 1
@@ -208,7 +207,7 @@ def test_two_that_tick_at_once_end_equal_too(session, database_url):
             with Database(conninfo_to_dict(database_url), "batchctl", CLOCK).connect() as other:
                 while any(writer.is_alive() for writer in writers):
                     grain = chances.choice(list(GRAINS))
-                    found.append(tick(other, DEFINITION, grain, CLOCK, LOG, chunk_buckets=3).outcome)
+                    found.append(tick(other, DEFINITION, grain, CLOCK, LOG, Limits(most_buckets=3)).outcome)
         except (BatchctlError, psycopg.Error) as error:
             errors.append(error)
 

@@ -17,7 +17,7 @@ from batchctl.config import Rollup
 from batchctl.errors import BatchctlError, ConfigurationError
 from batchctl.rollup.ddl import drop, migrate
 from batchctl.rollup.definition import read_definition
-from batchctl.rollup.refresh import rebuild, tick
+from batchctl.rollup.refresh import Limits, rebuild, tick
 from batchctl.state.database import Database
 from batchctl.state.migrate import upgrade
 
@@ -250,9 +250,9 @@ def test_a_bucket_that_fails_is_found_even_when_the_budget_is_over(session):
     migrate(session, [definition], CLOCK)
     for minute in range(20):
         insert(session, minute, value=0 if minute == 7 else 5)
-    result = tick(session, definition, "1m", LateClock(), LOG, deadline=0)
+    result = tick(session, definition, "1m", LateClock(), LOG, Limits(0))
     assert (result.outcome, result.buckets) == ("success", 10)
-    result = tick(session, definition, "1m", LateClock(), LOG, deadline=0)
+    result = tick(session, definition, "1m", LateClock(), LOG, Limits(0))
     assert (result.outcome, result.buckets) == ("success", 2)
 
 

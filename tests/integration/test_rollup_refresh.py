@@ -14,8 +14,8 @@ from batchctl.config import Rollup, parse_duration
 from batchctl.errors import DatabaseUnavailableError
 from batchctl.rollup.ddl import migrate
 from batchctl.rollup.definition import read_definition
+from batchctl.rollup.refresh import Limits, tick
 from batchctl.rollup.refresh import rebuild as queue_range
-from batchctl.rollup.refresh import tick
 from batchctl.state.database import Database
 from batchctl.state.migrate import upgrade
 
@@ -396,7 +396,7 @@ def test_the_newest_come_first_and_a_budget_leaves_the_rest_queued(session, log)
     insert(session, *[(f"2025-11-13 06:{minute:02d}Z", "view", "a", minute) for minute in range(60)])
     migrate(session, [define()], CLOCK)
     clock = SteppingClock()
-    result = tick(session, define(), "1m", clock, log, deadline=6, chunk_buckets=7)
+    result = tick(session, define(), "1m", clock, log, Limits(6, 7))
     assert 0 < result.buckets < 60
     assert result.buckets % 7 == 0
     assert result.remaining_buckets == 60 - result.buckets
@@ -405,9 +405,9 @@ def test_the_newest_come_first_and_a_budget_leaves_the_rest_queued(session, log)
         "SELECT min(bucket)::time::text, count(*) FROM (SELECT bucket AT TIME ZONE 'UTC' FROM agg_1m) AS t (bucket)",
     )
     assert first == [(f"06:{60 - result.buckets:02d}:00", result.buckets)]
-    again = tick(session, define(), "1m", clock, log, deadline=0, chunk_buckets=7)
+    again = tick(session, define(), "1m", clock, log, Limits(0, 7))
     assert again.buckets == 7
-    ticks(session, log, chunk_buckets=11)
+    ticks(session, log, limits=Limits(most_buckets=11))
     assert differences(session) == []
 
 
@@ -415,7 +415,7 @@ def test_the_budget_of_the_rollup_is_the_default(session, log):
     insert(session, *[(f"2025-11-13 06:{minute:02d}Z", "view", "a", minute) for minute in range(60)])
     definition = define(budget=parse_duration("1s"))
     migrate(session, [definition], CLOCK)
-    assert tick(session, definition, "1m", SteppingClock(), log, chunk_buckets=1).buckets == 1
+    assert tick(session, definition, "1m", SteppingClock(), log, Limits(most_buckets=1)).buckets == 1
 
 
 def test_an_idle_tick_is_recorded_and_asks_twice(migrated, log, caplog):
@@ -514,7 +514,7 @@ def test_a_writer_between_the_queue_and_the_source_is_not_lost(migrated, log, da
             return rows
 
         migrated.run = interfere
-        tick(migrated, define(), "1m", CLOCK, log, deadline=0)
+        tick(migrated, define(), "1m", CLOCK, log, Limits(0))
     migrated.run = run
     assert len(queue(migrated)) == 1
     ticks(migrated, log)

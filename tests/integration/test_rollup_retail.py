@@ -22,7 +22,7 @@ from batchctl.clock import SystemClock
 from batchctl.config import Rollup
 from batchctl.rollup.ddl import migrate
 from batchctl.rollup.definition import read_definition
-from batchctl.rollup.refresh import tick
+from batchctl.rollup.refresh import Limits, tick
 from batchctl.state.database import Database
 from batchctl.state.migrate import upgrade
 
@@ -118,7 +118,7 @@ def load(session, rows):
 
 
 def aggregate(session):
-    results = [tick(session, DEFINITION, grain, CLOCK, LOG, deadline=CLOCK.monotonic() + 600) for grain in GRAINS]
+    results = [tick(session, DEFINITION, grain, CLOCK, LOG, Limits(CLOCK.monotonic() + 600)) for grain in GRAINS]
     for result in results:
         print(result)  # noqa: T201 - the timing, for whoever asks with -s
     return results

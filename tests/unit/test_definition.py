@@ -167,8 +167,8 @@ def test_each_grain_is_built_from_the_one_before():
     ]
     assert definition.finer("1m") is None
     assert definition.finer("1h") == definition.grain("5m")
-    assert definition.coarser("1m") == definition.grain("5m")
-    assert definition.coarser("1h") is None
+    assert definition.coarser("1m") == (definition.grain("5m"),)
+    assert definition.coarser("1h") == ()
     assert definition.job("5m") == "trend/5m"
 
 

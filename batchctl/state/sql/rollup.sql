@@ -1,55 +1,92 @@
 -- Statements of `rollup/`: the registry, the queue of dirty buckets, the tables, the refresh.
 -- Buckets travel as whole seconds since 1970, because PostgreSQL knows years that Python's dates do not.
--- Bins start from 2000, PostgreSQL's own zero: from any other origin the farthest times overflow, and a trigger would
--- make the application's insert fail.
+-- A bucket is closed if it comes before the one ({open}) that is open now, by the database's clock, less what the rollup
+-- gives events to settle.
+
+-- name: remembered
+-- What the last tick saw of the notes, a part of `look` and `sort_in`: a note is unseen if its transaction came after
+-- that snapshot (from `floor` on), or was in progress in it and has ended since (`late`). In another cluster the numbers
+-- of transactions mean nothing, so a restored dump has seen none.
+job AS MATERIALIZED (
+    SELECT
+        state.job IS NOT NULL AS known,
+        state.queued_from,
+        CASE WHEN valid THEN pg_snapshot_xmax(state.notes_seen) ELSE '0' END AS floor,
+        CASE
+            WHEN valid
+                THEN ARRAY(
+                    SELECT xid FROM pg_snapshot_xip(state.notes_seen) AS xid
+                    WHERE pg_visible_in_snapshot(xid, pg_current_snapshot())
+                )
+            ELSE '{{}}'
+        END AS late
+    FROM (SELECT) AS always
+    LEFT JOIN {schema}.state AS state ON state.job = %(job)s
+    CROSS JOIN LATERAL (
+        SELECT coalesce(
+            state.notes_seen_in = {here}
+                AND pg_snapshot_xmax(state.notes_seen) <= pg_snapshot_xmax(pg_current_snapshot()),
+            false
+        ) AS valid
+    ) AS remembered
+)
+
+-- name: here
+-- The cluster and the database in which a transaction's number means something: a part of `remembered` and `sort_in`.
+(
+    SELECT format('%%s/%%s', system_identifier, oid) FROM pg_control_system(), pg_database
+    WHERE datname = current_database()
+)
 
 -- name: look
 -- All that an idle tick needs to know, in one indexed probe.
+WITH {remembered}
 SELECT
     extract(epoch FROM now())::float8 AS started,
     registered.definition - 'places' = %(definition)s::jsonb AS current,
     registered.definition,
     registered.history_queued_at IS NOT NULL AS history_queued,
-    EXISTS (SELECT FROM {schema}.state WHERE job = %(job)s) AS known,
+    job.known,
     ARRAY(SELECT job FROM {schema}.state WHERE job IN (%(rollup)s, %(job)s) AND paused ORDER BY job) AS paused,
-    EXISTS (
+    coalesce(job.queued_from < {open}, false)
+        OR EXISTS (
+            SELECT FROM {schema}.dirty_bucket
+            WHERE rollup = %(rollup)s AND grain = %(grain)s AND xid IS NOT NULL
+                AND xid >= (SELECT floor FROM job) AND bucket < {open}
+        )
+        OR EXISTS (
+            SELECT FROM {schema}.dirty_bucket
+            WHERE rollup = %(rollup)s AND grain = %(grain)s AND xid IS NOT NULL
+                AND xid = ANY ((SELECT late FROM job)::xid8[]) AND bucket < {open}
+        ) AS dirty,
+    -- Only without an unseen note, of an open bucket for instance, is everything seen that this snapshot shows.
+    CASE WHEN NOT EXISTS (
         SELECT FROM {schema}.dirty_bucket
-        WHERE rollup = %(rollup)s AND grain = %(grain)s AND bucket = '-infinity'
-    ) AS marked,
-    EXISTS (
+        WHERE rollup = %(rollup)s AND grain = %(grain)s AND xid IS NOT NULL AND xid >= (SELECT floor FROM job)
+    ) AND NOT EXISTS (
         SELECT FROM {schema}.dirty_bucket
-        WHERE rollup = %(rollup)s AND grain = %(grain)s
-            AND bucket > '-infinity' AND bucket <= now() - make_interval(secs => %(closed_after)s)
-    ) AS dirty,
-    to_char(
-        date_bin(
-            make_interval(secs => %(seconds)s), now() - make_interval(secs => %(closed_after)s),
-            '2000-01-01 00:00:00+00'
-        ) AT TIME ZONE 'UTC',
-        'YYYY-MM-DD HH24:MI:SS'
-    ) AS newest
-FROM {schema}.rollup AS registered
+        WHERE rollup = %(rollup)s AND grain = %(grain)s AND xid IS NOT NULL
+            AND xid = ANY ((SELECT late FROM job)::xid8[])
+    ) THEN pg_current_snapshot()::text END AS seen,
+    extract(epoch FROM {until})::float8 AS until,
+    to_char({newest} AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI:SS') AS newest
+FROM {schema}.rollup AS registered, job
 WHERE registered.rollup = %(rollup)s
 
 -- name: add_state
 -- The row of a job, whose lock stands for the job.
 INSERT INTO {schema}.state (job) VALUES (%(job)s) ON CONFLICT DO NOTHING
 
--- name: started
--- A start, unless another session is at work on the job; not worth a wait for the disk.
+-- name: nothing
+-- A tick that found nothing to do, in one row version; not worth a wait for the disk.
 WITH setting AS MATERIALIZED (SELECT set_config('synchronous_commit', 'off', true)),
 held AS MATERIALIZED (SELECT job FROM {schema}.state WHERE job = %(job)s FOR UPDATE SKIP LOCKED)
 UPDATE {schema}.state AS state
-SET last_started_at = to_timestamp(%(started)s)
-FROM setting, held
-WHERE state.job = held.job
-
--- name: completed
--- A start and its end in one row version; not worth a wait for the disk.
-WITH setting AS MATERIALIZED (SELECT set_config('synchronous_commit', 'off', true)),
-held AS MATERIALIZED (SELECT job FROM {schema}.state WHERE job = %(job)s FOR UPDATE SKIP LOCKED)
-UPDATE {schema}.state AS state
-SET last_started_at = to_timestamp(%(started)s), last_completed_at = clock_timestamp(), last_outcome = %(outcome)s
+SET last_started_at = to_timestamp(%(started)s), last_completed_at = clock_timestamp(), last_outcome = 'empty',
+    aggregated_until = greatest(state.aggregated_until, to_timestamp(%(until)s)),
+    -- An older snapshot than another session's is right too, only not as quick.
+    notes_seen = coalesce(%(seen)s::pg_snapshot, state.notes_seen),
+    notes_seen_in = CASE WHEN %(seen)s::text IS NULL THEN state.notes_seen_in ELSE {here} END
 FROM setting, held
 WHERE state.job = held.job
 
@@ -57,14 +94,30 @@ WHERE state.job = held.job
 -- The lock of a job, until the end of the transaction; it holds across hosts and behind a transaction pooler.
 SELECT job FROM {schema}.state WHERE job = %(job)s FOR UPDATE SKIP LOCKED
 
+-- name: hold_for_workers
+-- The same lock, which lets sessions in that say they belong to it.
+SELECT job FROM {schema}.state WHERE job = %(job)s FOR NO KEY UPDATE SKIP LOCKED
+
+-- name: join_holder
+-- The lock of a session that works for the holder; while it has it, nobody else can hold the job.
+SELECT job FROM {schema}.state WHERE job = %(job)s FOR KEY SHARE SKIP LOCKED
+
 -- name: steady
 -- What a transaction reads must not depend on its role or host: rows that a policy hides are an error rather than a
--- smaller sum, and casts of times are in UTC. Compiling a chunk's statement takes longer (0.1 s) than running it.
+-- smaller sum, and casts of times are in UTC. Compiling a chunk's statement takes longer (0.1 s) than running it. A chunk
+-- that a crash of the server loses is in the queue again, so it need not wait for the disk. Neither a lock nor a client
+-- that is gone keeps the job for long.
 SELECT
     set_config('extra_float_digits', '1', true) AS extra_float_digits,
     set_config('row_security', 'off', true) AS row_security,
     set_config('TimeZone', 'UTC', true) AS time_zone,
-    set_config('jit', 'off', true) AS jit
+    set_config('jit', 'off', true) AS jit,
+    set_config('synchronous_commit', 'off', true) AS synchronous_commit,
+    set_config('lock_timeout', '10s', true) AS lock_timeout,
+    set_config('statement_timeout', %(statement_timeout)s, true) AS statement_timeout,
+    set_config('idle_in_transaction_session_timeout', '60s', true) AS idle_timeout,
+    CASE WHEN pg_size_bytes(current_setting('work_mem')) < pg_size_bytes(%(work_mem)s)
+        THEN set_config('work_mem', %(work_mem)s, true) END AS work_mem
 
 -- name: claim_history
 -- The right to queue the history, for one session at a time.
@@ -80,68 +133,119 @@ RETURNING rollup
 -- name: queue_history
 -- Every bucket of the source.
 INSERT INTO {schema}.dirty_bucket (rollup, grain, bucket)
-SELECT DISTINCT
-    %(rollup)s, %(grain)s, date_bin(make_interval(secs => %(seconds)s), {time}, '2000-01-01 00:00:00+00')
+SELECT DISTINCT %(rollup)s, %(grain)s, {bucket}
 FROM {source}
 WHERE isfinite({time})
 
--- name: take_markers
--- Marks that stand for every bucket of the table.
-DELETE FROM {schema}.dirty_bucket WHERE rollup = %(rollup)s AND grain = %(grain)s AND bucket = '-infinity'
-RETURNING grain
-
 -- name: queue_target
--- Every bucket of the table.
-INSERT INTO {schema}.dirty_bucket (rollup, grain, bucket)
-SELECT DISTINCT %(rollup)s, %(grain)s, bucket FROM {target}
+-- Every bucket of the table, for a mark that stands for all of them.
+WITH queued AS (
+    INSERT INTO {schema}.dirty_bucket (rollup, grain, bucket, xid)
+    SELECT DISTINCT %(rollup)s, %(grain)s, bucket, NULL::xid8 FROM {target}
+    ON CONFLICT (rollup, grain, bucket) WHERE xid IS NULL DO NOTHING
+    RETURNING bucket
+)
+UPDATE {schema}.state
+SET queued_from = least(queued_from, (SELECT min(bucket) FROM queued))
+WHERE job = %(job)s
 
 -- name: queue_range
 -- Every bucket between two instants that exists in what the table is built from, or in the table.
-WITH queued AS (
+WITH span AS MATERIALIZED (
+    SELECT {first} AS low, {last} AS high
+), queued AS (
     INSERT INTO {schema}.dirty_bucket (rollup, grain, bucket)
-    SELECT
-        %(rollup)s, %(grain)s, date_bin(make_interval(secs => %(seconds)s), {time}, '2000-01-01 00:00:00+00')
+    SELECT %(rollup)s, %(grain)s, {bucket}
     FROM {source}
-    WHERE {time} >= to_timestamp(%(low)s) AND {time} < to_timestamp(%(high)s)
+    WHERE {time} >= (SELECT low FROM span) AND {time} < (SELECT high FROM span)
     UNION
     SELECT %(rollup)s, %(grain)s, bucket FROM {target}
-    WHERE bucket >= to_timestamp(%(low)s) AND bucket < to_timestamp(%(high)s)
+    WHERE bucket >= (SELECT low FROM span) AND bucket < (SELECT high FROM span)
     RETURNING bucket
 )
 SELECT count(*) AS buckets FROM queued
 
--- name: take
--- The newest closed dirty buckets, out of the queue: the closed ones from the oldest picked on are just those picked,
--- and a range of the index is quick whatever the planner believes about a table that fills and empties all the time.
-WITH picked AS MATERIALIZED (
-    SELECT DISTINCT bucket FROM {schema}.dirty_bucket
-    WHERE rollup = %(rollup)s AND grain = %(grain)s
-        AND bucket > '-infinity' AND bucket <= now() - make_interval(secs => %(closed_after)s)
-        AND bucket < coalesce(to_timestamp(%(below)s::float8), 'infinity')
-    ORDER BY bucket DESC
-    LIMIT %(chunk_buckets)s
-), taken AS (
+-- name: sort_in
+-- The unseen notes become entries of the queue, one for each bucket, and are seen. All of this is one statement, so the
+-- notes that it takes are those that its snapshot shows.
+WITH {remembered}, taken AS (
     DELETE FROM {schema}.dirty_bucket
-    WHERE rollup = %(rollup)s AND grain = %(grain)s
-        AND bucket >= (SELECT min(bucket) FROM picked) AND bucket <= now() - make_interval(secs => %(closed_after)s)
-        AND bucket < coalesce(to_timestamp(%(below)s::float8), 'infinity')
+    WHERE rollup = %(rollup)s AND grain = %(grain)s AND xid IS NOT NULL
+        AND (xid >= (SELECT floor FROM job) OR xid = ANY ((SELECT late FROM job)::xid8[]))
+    RETURNING bucket
+), queued AS (
+    INSERT INTO {schema}.dirty_bucket (rollup, grain, bucket, xid)
+    SELECT DISTINCT %(rollup)s, %(grain)s, bucket, NULL::xid8 FROM taken WHERE bucket > '-infinity'
+    ON CONFLICT (rollup, grain, bucket) WHERE xid IS NULL DO NOTHING
+)
+UPDATE {schema}.state AS state
+SET last_started_at = to_timestamp(%(started)s),
+    notes_seen = pg_current_snapshot(),
+    notes_seen_in = {here},
+    queued_from = least(state.queued_from, (SELECT min(bucket) FROM taken WHERE bucket > '-infinity'))
+WHERE state.job = %(job)s
+RETURNING EXISTS (SELECT FROM taken WHERE bucket = '-infinity') AS marked
+
+-- name: pick
+-- The newest closed buckets in the queue.
+SELECT
+    extract(epoch FROM min(bucket))::bigint AS low, extract(epoch FROM max(bucket))::bigint AS high,
+    count(*) AS buckets
+FROM (
+    SELECT bucket FROM {schema}.dirty_bucket
+    WHERE rollup = %(rollup)s AND grain = %(grain)s AND xid IS NULL
+        AND bucket >= (SELECT queued_from FROM {schema}.state WHERE job = %(job)s)
+        AND bucket < least({open}, coalesce(to_timestamp(%(below)s::float8), 'infinity'))
+    ORDER BY bucket DESC
+    LIMIT %(limit)s
+) AS newest
+
+-- name: take
+-- The buckets of a range, out of the queue, and whether the table holds anything there.
+WITH taken AS (
+    DELETE FROM {schema}.dirty_bucket
+    WHERE rollup = %(rollup)s AND grain = %(grain)s AND xid IS NULL
+        AND bucket >= to_timestamp(%(low)s) AND bucket <= to_timestamp(%(high)s)
     RETURNING bucket
 )
-SELECT DISTINCT
-    extract(epoch FROM bucket)::bigint AS second, to_char(bucket AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI:SS') AS shown
+SELECT
+    extract(epoch FROM bucket)::bigint AS start, extract(epoch FROM {next})::bigint AS end,
+    to_char(bucket AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI:SS') AS shown,
+    EXISTS (
+        SELECT FROM {target} WHERE bucket >= to_timestamp(%(low)s) AND bucket <= to_timestamp(%(high)s)
+    ) AS occupied
 FROM taken
-ORDER BY second
+ORDER BY bucket
 
 -- name: remaining
--- Closed buckets that are still queued.
+-- Closed buckets that wait, in the queue or as notes.
 SELECT count(DISTINCT bucket) AS buckets FROM {schema}.dirty_bucket
-WHERE rollup = %(rollup)s AND grain = %(grain)s
-    AND bucket > '-infinity' AND bucket <= now() - make_interval(secs => %(closed_after)s)
+WHERE rollup = %(rollup)s AND grain = %(grain)s AND bucket > '-infinity' AND bucket < {open}
+
+-- name: settle
+-- The end of a tick, and what it leaves in the queue.
+UPDATE {schema}.state AS state
+SET last_completed_at = clock_timestamp(), last_outcome = %(outcome)s,
+    aggregated_until = greatest(state.aggregated_until, to_timestamp(%(until)s)),
+    queued_from = (
+        SELECT min(bucket) FROM {schema}.dirty_bucket
+        WHERE rollup = %(rollup)s AND grain = %(grain)s AND xid IS NULL AND bucket >= state.queued_from
+    )
+WHERE job = %(job)s
+RETURNING (
+    SELECT count(*) FROM {schema}.dirty_bucket
+    WHERE rollup = %(rollup)s AND grain = %(grain)s AND xid IS NULL AND bucket >= queued_from AND bucket < {open}
+) AS remaining
+
+-- name: end_unheld
+-- The end of a tick that could not hold the job, or failed before it did: the queue is somebody else's.
+UPDATE {schema}.state SET last_completed_at = clock_timestamp(), last_outcome = %(outcome)s
+WHERE job = %(job)s
 
 -- name: read_range
 -- The groups of neighbouring buckets.
 SELECT
-    date_bin(make_interval(secs => %(seconds)s), {time}, '2000-01-01 00:00:00+00'){dimensions}, {values}, count(*)
+    {bucket}{dimensions}, {values}, count(*)
 FROM {source}
 WHERE {time} >= to_timestamp(%(low)s) AND {time} < to_timestamp(%(high)s){where}
 GROUP BY {positions}
@@ -152,7 +256,7 @@ SELECT batchctl_group.*
 FROM unnest(%(lows)s::bigint[], %(highs)s::bigint[]) AS batchctl_range (batchctl_low, batchctl_high)
 CROSS JOIN LATERAL (
     SELECT
-        date_bin(make_interval(secs => %(seconds)s), {time}, '2000-01-01 00:00:00+00'){dimensions}, {values}, count(*)
+        {bucket}{dimensions}, {values}, count(*)
     FROM {source}
     WHERE {time} >= to_timestamp(batchctl_range.batchctl_low)
         AND {time} < to_timestamp(batchctl_range.batchctl_high){where}
@@ -166,7 +270,7 @@ WITH fresh ({columns}, {rows}) AS MATERIALIZED (
     {read}
 ), written AS (
     INSERT INTO {target} AS kept ({columns}{derived})
-    SELECT {columns}{derivations} FROM fresh ORDER BY {key}
+    SELECT {columns}{derivations} FROM fresh ORDER BY {order}
     ON CONFLICT ON CONSTRAINT {constraint} DO UPDATE SET {assignments}
     WHERE ROW({kept}) IS DISTINCT FROM ROW({excluded})
     RETURNING kept.bucket
@@ -182,7 +286,9 @@ WITH fresh ({columns}, {rows}) AS MATERIALIZED (
     HAVING count(*) = count({row})
 ), removed AS (
     DELETE FROM {target} WHERE ctid = ANY (ARRAY(SELECT {row} FROM gone)) RETURNING bucket
-){mark}
+), changed AS (
+    SELECT bucket FROM written UNION SELECT bucket FROM removed
+){marks}
 SELECT
     (SELECT count(*) FROM written) AS rows_written,
     (SELECT count(*) FROM removed) AS rows_deleted,
@@ -190,14 +296,28 @@ SELECT
     coalesce(sum(fresh.{events}), 0)::bigint AS events
 FROM fresh
 
+-- name: fill
+-- The same where the table holds nothing yet: there is nothing to compare with, and the order of the key is the quickest.
+WITH fresh ({columns}, {rows}) AS MATERIALIZED (
+    {read}
+), written AS (
+    INSERT INTO {target} ({columns}{derived})
+    SELECT {columns}{derivations} FROM fresh ORDER BY {order}
+), changed AS (
+    SELECT DISTINCT bucket FROM fresh
+){marks}
+SELECT
+    count(*) AS rows_written,
+    0::bigint AS rows_deleted,
+    coalesce(sum(fresh.{rows}), 0)::bigint AS source_rows,
+    coalesce(sum(fresh.{events}), 0)::bigint AS events
+FROM fresh
+
 -- name: mark
--- The parents of buckets that changed: a part of `refresh`.
-, marked AS (
+-- The parents of buckets that changed, in one coarser grain: a part of `refresh` and `fill`.
+, {name} AS (
     INSERT INTO {schema}.dirty_bucket (rollup, grain, bucket)
-    SELECT DISTINCT
-        %(rollup)s, %(parent)s,
-        date_bin(make_interval(secs => %(parent_seconds)s), changed.bucket, '2000-01-01 00:00:00+00')
-    FROM (SELECT bucket FROM written UNION SELECT bucket FROM removed) AS changed
+    SELECT DISTINCT %(rollup)s, {grain}, {bucket} FROM changed
 )
 
 -- name: registered
@@ -227,6 +347,7 @@ SELECT
     attribute.attname AS name,
     attribute.atttypid = 'timestamptz'::regtype AS instant,
     attribute.attgenerated = 'v' AS virtual,
+    attribute.attcollation = 'pg_catalog."default"'::regcollation AS plain,
     format_type(attribute.atttypid, attribute.atttypmod)
         || CASE
             WHEN attribute.attcollation <> type.typcollation
@@ -329,21 +450,21 @@ SELECT 1 FROM {source} WHERE false GROUP BY {columns} ORDER BY {columns}
 BEGIN
     IF TG_OP = 'INSERT' THEN
         INSERT INTO {schema}.dirty_bucket (rollup, grain, bucket)
-        SELECT DISTINCT {rollup}, {grain}, date_bin({width}, {time}, '2000-01-01 00:00:00+00')
+        SELECT DISTINCT {rollup}, {grain}, {bucket}
         FROM new_rows
         WHERE isfinite({time});
     ELSIF TG_OP = 'UPDATE' THEN
         INSERT INTO {schema}.dirty_bucket (rollup, grain, bucket)
-        SELECT {rollup}, {grain}, date_bin({width}, {time}, '2000-01-01 00:00:00+00')
+        SELECT {rollup}, {grain}, {bucket}
         FROM old_rows
         WHERE isfinite({time})
         UNION
-        SELECT {rollup}, {grain}, date_bin({width}, {time}, '2000-01-01 00:00:00+00')
+        SELECT {rollup}, {grain}, {bucket}
         FROM new_rows
         WHERE isfinite({time});
     ELSIF TG_OP = 'DELETE' THEN
         INSERT INTO {schema}.dirty_bucket (rollup, grain, bucket)
-        SELECT DISTINCT {rollup}, {grain}, date_bin({width}, {time}, '2000-01-01 00:00:00+00')
+        SELECT DISTINCT {rollup}, {grain}, {bucket}
         FROM old_rows
         WHERE isfinite({time});
     ELSE

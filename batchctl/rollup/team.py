@@ -1,0 +1,100 @@
+"""Several chunks at a time: sessions that work for the one that holds the job."""
+
+from __future__ import annotations
+
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import replace
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Self
+
+from batchctl.rollup.backlog import Finished
+from batchctl.rollup.chunk import refresh_chunk
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from logging import Logger
+
+    from batchctl.clock import Clock
+    from batchctl.rollup.chunk import Chunk
+    from batchctl.rollup.queue import Range
+    from batchctl.rollup.work import Work
+    from batchctl.state.database import Session
+
+HEARTBEAT_SECONDS = 10.0
+"""How often the session that holds the job says that it is there."""
+
+
+class Team(AbstractContextManager["Team"]):
+    """Several chunks at a time, each in a session of its own; the session of the call holds the job for all of them.
+
+    Args:
+        work: The grain, in the session of the call.
+        size: How many chunks at a time.
+        connect: Opens a session for a block.
+        clock: Measures the duration of a chunk.
+        log: Takes the lines.
+    """
+
+    def __init__(
+        self,
+        work: Work,
+        size: int,
+        connect: Callable[[], AbstractContextManager[Session]],
+        clock: Clock,
+        log: Logger,
+    ) -> None:
+        self.size = size
+        self._work, self._connect, self._clock, self._log = work, connect, clock, log
+        self._stack = ExitStack()
+        self._free: SimpleQueue[Work] = SimpleQueue()
+        self._sessions: list[Session] = []
+        self._under_way: dict[Future[Chunk | None], Range] = {}
+        self._held = False
+
+    def __enter__(self) -> Self:
+        """Hold the job and open the sessions."""
+        with self._stack:
+            self._stack.enter_context(self._work.session.transaction())
+            self._held = self._work.hold("hold_for_workers")
+            for _ in range(self.size if self._held else 0):
+                session = self._stack.enter_context(self._connect())
+                self._sessions.append(session)
+                self._free.put(replace(self._work, session=session))
+            self._pool = self._stack.enter_context(ThreadPoolExecutor(self.size))
+            self._stack.push(self._cancel)
+            self._stack = self._stack.pop_all()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """End the sessions, and with an error what they are doing."""
+        self._stack.__exit__(*error)  # type: ignore[arg-type]  # what a with statement passes
+
+    def start(self, span: Range) -> None:
+        """Let a session that is free refresh a range."""
+        self._under_way[self._pool.submit(self._refresh, span)] = span
+
+    def finished(self) -> Finished:
+        """Wait for a range that is done."""
+        while True:
+            done, _ = wait(self._under_way, timeout=HEARTBEAT_SECONDS, return_when=FIRST_COMPLETED)
+            for future in done:
+                return Finished(self._under_way.pop(future), future.result())
+            # The server ends a transaction whose client is silent for long; ours only waits.
+            self._work.run("hold_for_workers")
+
+    def _refresh(self, span: Range) -> Chunk | None:
+        if not self._held:
+            return None
+        work = self._free.get()
+        try:
+            return refresh_chunk(work, span, self._clock, self._log, hold="join_holder")
+        finally:
+            self._free.put(work)
+
+    def _cancel(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            for future in self._under_way:
+                future.cancel()
+            for session in self._sessions:
+                session.cancel()

@@ -1,0 +1,80 @@
+"""One grain of one rollup in one database: the values and the pieces of SQL that its statements share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from batchctl.rollup import compose
+
+if TYPE_CHECKING:
+    from batchctl.rollup.definition import Definition, Grain, Places
+    from batchctl.state.database import Session, sql
+
+STATEMENT_TIMEOUT = "10min"
+"""A statement of a chunk that takes longer is stuck: chunks are cut to take seconds."""
+WORK_MEMORY = "128MB"
+"""What sorting and grouping a chunk may use, unless the role has more."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """One grain of one rollup in one database."""
+
+    session: Session
+    definition: Definition
+    grain: Grain
+    places: Places
+
+    @property
+    def target(self) -> sql.SQL:
+        """Name the table of the grain."""
+        return compose.quoted(*self.places.targets[self.grain.name])
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """Return the values that the statements share."""
+        return parameters(self.definition, self.grain)
+
+    def run(self, name: str, /, **values: Any) -> list[Any]:
+        """Execute a statement of the rollups by its name."""
+        statement = self.session.statement(f"rollup.{name}", **pieces(self.session, self.definition, self.grain))
+        return self.session.run(statement, {**self.parameters, **values})
+
+    def compute(self, name: str, /, **values: Any) -> list[Any]:
+        """Execute a statement that reads what the grain is built from, or its table."""
+        source, time = compose.built_from(self.definition, self.grain, self.places)
+        statement = self.session.statement(
+            f"rollup.{name}",
+            **pieces(self.session, self.definition, self.grain),
+            target=self.target,
+            source=source,
+            time=time,
+            bucket=compose.bucket_of(self.session, self.grain, time),
+            next=compose.next_bucket(self.session, self.grain, compose.quoted("bucket")),
+        )
+        return self.session.run(statement, {**self.parameters, **values})
+
+    def steady(self, statement_timeout: str = STATEMENT_TIMEOUT) -> None:
+        """Make the transaction that is open read the same whatever the role's settings are."""
+        self.run("steady", statement_timeout=statement_timeout, work_mem=WORK_MEMORY)
+
+    def hold(self, how: str = "hold") -> bool:
+        """Steady the transaction that is open and lock the job until its end; False if it is held elsewhere."""
+        self.steady()
+        return bool(self.run(how))
+
+
+def parameters(definition: Definition, grain: Grain) -> dict[str, Any]:
+    """Return the values that the statements about a grain share."""
+    return {"rollup": definition.name, "grain": grain.name, "job": definition.job(grain.name)}
+
+
+def pieces(session: Session, definition: Definition, grain: Grain) -> dict[str, sql.Composable]:
+    """Return the pieces of SQL that the statements about a grain share."""
+    here = session.statement("rollup.here")
+    return {
+        "here": here,
+        "remembered": session.statement("rollup.remembered", here=here),
+        "open": compose.open_bucket(session, definition, grain),
+    }
