@@ -189,3 +189,11 @@ def _mark(session: Session, parent: Grain) -> sql.Composed:
         grain=text(parent.name),
         bucket=bucket_of(session, parent, quoted("bucket")),
     )
+
+
+def dollar_quoted(body: str) -> sql.SQL:
+    """Quote the body of a function."""
+    tag = "$batchctl$"
+    while tag in body:
+        tag = f"{tag[:-1]}_$"
+    return literally(f"{tag}{body}{tag}")

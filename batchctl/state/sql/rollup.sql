@@ -602,6 +602,12 @@ SELECT
                 (refclassid = 'pg_class'::regclass AND refobjid = class.oid)
                 OR (refclassid = 'pg_type'::regclass AND refobjid = class.reltype)
             )
+            AND NOT EXISTS (
+                SELECT FROM unnest(%(schemas)s::text[], %(names)s::text[]) AS ours (schema, name)
+                JOIN pg_namespace ON nspname = ours.schema
+                JOIN pg_class ON relname = ours.name AND relnamespace = pg_namespace.oid
+                WHERE pg_class.oid = ev_class
+            )
         ORDER BY 1
     ) ELSE '{{}}' END AS dependants
 FROM unnest(%(schemas)s::text[], %(names)s::text[], %(targets)s::boolean[]) AS wanted (schema, name, target)
