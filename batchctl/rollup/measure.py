@@ -72,10 +72,11 @@ def _plain(function: str, merge: str, wide: str = "") -> Form:
 COUNT = _plain("count", "sum")
 
 # In numeric every sum is exact, so that neither the order of the rows nor a mean that is large beside the differences
-# spoils what the squares leave over. The text of a double is the shortest that is read as the same double; a cast to
-# numeric would cut it to 15 digits.
+# spoils what the squares leave over. A cast of a double to numeric would cut it to 15 digits; the shortest text of it
+# is as near as a double can tell, and that of its fraction alone nearer still.
 EXACT = "({x})::numeric"
-EXACT_WIDE = "({x})::double precision::text::numeric"
+WIDE = f"({{x}})::{DOUBLE}"
+EXACT_WIDE = f"(trunc({WIDE})::text::numeric + ({WIDE} - trunc({WIDE}))::text::numeric)"
 SPREAD = {
     "_count": COUNT,
     "_sum": Form(f"sum({EXACT})", "sum({column})", "sum({x}), exactly", f"sum({EXACT_WIDE})"),
