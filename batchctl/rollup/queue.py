@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from batchctl.state.database import Session
 
 
+ROWS_FOR_A_JUMP = 50
+"""So many rows are read in the time of one jump in an index."""
 UNLIMITED = "0"
 """How long a statement may take that reads a source as far as it goes."""
 
@@ -70,7 +72,17 @@ def queue_history(work: Work) -> None:
     with work.session.transaction():
         finest.steady(UNLIMITED)
         if finest.run("claim_history"):
-            finest.compute("queue_history")
+            finest.compute("queue_dense_history" if _is_dense(finest) else "queue_history")
+
+
+def _is_dense(work: Work) -> bool:
+    """Tell whether jumping from bucket to bucket is quicker than reading every row."""
+    source = work.session.fetch_one("rollup.find_table", table=compose.quoted(*work.places.source).as_string())
+    columns = work.session.fetch("rollup.table_columns", oid=source.oid)
+    if not any(column.indexed for column in columns if column.name == work.definition.time):
+        return False
+    size = work.compute("history_size", seconds=work.grain.seconds, oid=source.oid)[0]
+    return bool(size.rows > ROWS_FOR_A_JUMP * size.tables * size.buckets)
 
 
 def queue_range(work: Work, start: datetime, end: datetime) -> int:

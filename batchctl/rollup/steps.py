@@ -156,7 +156,8 @@ def removal(session: Session, name: str, registered: Any, triggers: Iterable[Any
             session.statement("rollup.forget_job", job=sql.Literal(f"{name}/{grain}"))
             for grain in registered.definition["grains"]
         ]
-    last += [session.statement(f"rollup.{key}", rollup=rollup) for key in ("forget_queue", "forget_pause", "forget")]
+    forgotten = ("forget_notes", "forget_queue", "forget_pause", "forget")
+    last += [session.statement(f"rollup.{key}", rollup=rollup) for key in forgotten]
     return [*steps, Step(tuple(last), locks=f"the tables of rollup.{name}")]
 
 

@@ -51,21 +51,21 @@ SELECT
     coalesce(job.queued_from < {open}, false)
         OR EXISTS (
             SELECT FROM {schema}.dirty_bucket
-            WHERE rollup = %(rollup)s AND grain = %(grain)s AND xid IS NOT NULL
+            WHERE rollup = %(rollup)s AND grain = %(grain)s
                 AND xid >= (SELECT floor FROM job) AND bucket < {open}
         )
         OR EXISTS (
             SELECT FROM {schema}.dirty_bucket
-            WHERE rollup = %(rollup)s AND grain = %(grain)s AND xid IS NOT NULL
+            WHERE rollup = %(rollup)s AND grain = %(grain)s
                 AND xid = ANY ((SELECT late FROM job)::xid8[]) AND bucket < {open}
         ) AS dirty,
     -- Only without an unseen note, of an open bucket for instance, is everything seen that this snapshot shows.
     CASE WHEN NOT EXISTS (
         SELECT FROM {schema}.dirty_bucket
-        WHERE rollup = %(rollup)s AND grain = %(grain)s AND xid IS NOT NULL AND xid >= (SELECT floor FROM job)
+        WHERE rollup = %(rollup)s AND grain = %(grain)s AND xid >= (SELECT floor FROM job)
     ) AND NOT EXISTS (
         SELECT FROM {schema}.dirty_bucket
-        WHERE rollup = %(rollup)s AND grain = %(grain)s AND xid IS NOT NULL
+        WHERE rollup = %(rollup)s AND grain = %(grain)s
             AND xid = ANY ((SELECT late FROM job)::xid8[])
     ) THEN pg_current_snapshot()::text END AS seen,
     extract(epoch FROM {until})::float8 AS until,
@@ -130,19 +130,53 @@ WHERE rollup = (
 )
 RETURNING rollup
 
+-- name: history_size
+-- What there is to queue: rows, buckets from the first to the last, and the tables they are in.
+WITH RECURSIVE tree AS (
+    SELECT %(oid)s::oid AS oid
+    UNION
+    SELECT inhrelid FROM pg_inherits JOIN tree ON tree.oid = inhparent
+)
+SELECT
+    sum(greatest(class.reltuples, 0))::float8 AS rows,
+    count(*) AS tables,
+    coalesce((
+        SELECT extract(epoch FROM max({time}) - min({time})) / %(seconds)s FROM {source}
+        WHERE {time} > '-infinity' AND {time} < 'infinity'
+    ), 0)::float8 AS buckets
+FROM tree
+JOIN pg_class AS class ON class.oid = tree.oid
+
 -- name: queue_history
--- Every bucket of the source.
+-- Every bucket of the source, by reading all of it.
 INSERT INTO {schema}.dirty_bucket (rollup, grain, bucket)
 SELECT DISTINCT %(rollup)s, %(grain)s, {bucket}
 FROM {source}
 WHERE isfinite({time})
 
+-- name: queue_dense_history
+-- The same by jumping from bucket to bucket in an index on the time.
+WITH RECURSIVE found AS (
+    (
+        SELECT {bucket} AS bucket FROM {source}
+        WHERE {time} > '-infinity' AND {time} < 'infinity' ORDER BY {time} LIMIT 1
+    )
+    UNION ALL
+    SELECT (
+        SELECT {bucket} FROM {source} WHERE {time} >= {next} AND {time} < 'infinity' ORDER BY {time} LIMIT 1
+    )
+    FROM found
+    WHERE found.bucket IS NOT NULL
+)
+INSERT INTO {schema}.dirty_bucket (rollup, grain, bucket)
+SELECT %(rollup)s, %(grain)s, bucket FROM found WHERE bucket IS NOT NULL
+
 -- name: queue_target
 -- Every bucket of the table, for a mark that stands for all of them.
 WITH queued AS (
-    INSERT INTO {schema}.dirty_bucket (rollup, grain, bucket, xid)
-    SELECT DISTINCT %(rollup)s, %(grain)s, bucket, NULL::xid8 FROM {target}
-    ON CONFLICT (rollup, grain, bucket) WHERE xid IS NULL DO NOTHING
+    INSERT INTO {schema}.queued_bucket (rollup, grain, bucket)
+    SELECT DISTINCT %(rollup)s, %(grain)s, bucket FROM {target}
+    ON CONFLICT DO NOTHING
     RETURNING bucket
 )
 UPDATE {schema}.state
@@ -170,13 +204,13 @@ SELECT count(*) AS buckets FROM queued
 -- notes that it takes are those that its snapshot shows.
 WITH {remembered}, taken AS (
     DELETE FROM {schema}.dirty_bucket
-    WHERE rollup = %(rollup)s AND grain = %(grain)s AND xid IS NOT NULL
+    WHERE rollup = %(rollup)s AND grain = %(grain)s
         AND (xid >= (SELECT floor FROM job) OR xid = ANY ((SELECT late FROM job)::xid8[]))
     RETURNING bucket
 ), queued AS (
-    INSERT INTO {schema}.dirty_bucket (rollup, grain, bucket, xid)
-    SELECT DISTINCT %(rollup)s, %(grain)s, bucket, NULL::xid8 FROM taken WHERE bucket > '-infinity'
-    ON CONFLICT (rollup, grain, bucket) WHERE xid IS NULL DO NOTHING
+    INSERT INTO {schema}.queued_bucket (rollup, grain, bucket)
+    SELECT DISTINCT %(rollup)s, %(grain)s, bucket FROM taken WHERE bucket > '-infinity'
+    ON CONFLICT DO NOTHING
 )
 UPDATE {schema}.state AS state
 SET last_started_at = to_timestamp(%(started)s),
@@ -192,8 +226,8 @@ SELECT
     extract(epoch FROM min(bucket))::bigint AS low, extract(epoch FROM max(bucket))::bigint AS high,
     count(*) AS buckets
 FROM (
-    SELECT bucket FROM {schema}.dirty_bucket
-    WHERE rollup = %(rollup)s AND grain = %(grain)s AND xid IS NULL
+    SELECT bucket FROM {schema}.queued_bucket
+    WHERE rollup = %(rollup)s AND grain = %(grain)s
         AND bucket >= (SELECT queued_from FROM {schema}.state WHERE job = %(job)s)
         AND bucket < least({open}, coalesce(to_timestamp(%(below)s::float8), 'infinity'))
     ORDER BY bucket DESC
@@ -203,24 +237,32 @@ FROM (
 -- name: take
 -- The buckets of a range, out of the queue, and whether the table holds anything there.
 WITH taken AS (
-    DELETE FROM {schema}.dirty_bucket
-    WHERE rollup = %(rollup)s AND grain = %(grain)s AND xid IS NULL
+    DELETE FROM {schema}.queued_bucket
+    WHERE rollup = %(rollup)s AND grain = %(grain)s
         AND bucket >= to_timestamp(%(low)s) AND bucket <= to_timestamp(%(high)s)
     RETURNING bucket
 )
 SELECT
     extract(epoch FROM bucket)::bigint AS start, extract(epoch FROM {next})::bigint AS end,
     to_char(bucket AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI:SS') AS shown,
-    EXISTS (
-        SELECT FROM {target} WHERE bucket >= to_timestamp(%(low)s) AND bucket <= to_timestamp(%(high)s)
-    ) AS occupied
+    -- In this form an index is used also by a planner that takes the table to be small.
+    (
+        SELECT bucket FROM {target} WHERE bucket >= to_timestamp(%(low)s) AND bucket <= to_timestamp(%(high)s)
+        ORDER BY bucket LIMIT 1
+    ) IS NOT NULL AS occupied
 FROM taken
 ORDER BY bucket
 
 -- name: remaining
 -- Closed buckets that wait, in the queue or as notes.
-SELECT count(DISTINCT bucket) AS buckets FROM {schema}.dirty_bucket
-WHERE rollup = %(rollup)s AND grain = %(grain)s AND bucket > '-infinity' AND bucket < {open}
+SELECT count(*) AS buckets
+FROM (
+    SELECT bucket FROM {schema}.dirty_bucket
+    WHERE rollup = %(rollup)s AND grain = %(grain)s AND bucket > '-infinity' AND bucket < {open}
+    UNION
+    SELECT bucket FROM {schema}.queued_bucket
+    WHERE rollup = %(rollup)s AND grain = %(grain)s AND bucket < {open}
+) AS waiting
 
 -- name: settle
 -- The end of a tick, and what it leaves in the queue.
@@ -228,13 +270,13 @@ UPDATE {schema}.state AS state
 SET last_completed_at = clock_timestamp(), last_outcome = %(outcome)s,
     aggregated_until = greatest(state.aggregated_until, to_timestamp(%(until)s)),
     queued_from = (
-        SELECT min(bucket) FROM {schema}.dirty_bucket
-        WHERE rollup = %(rollup)s AND grain = %(grain)s AND xid IS NULL AND bucket >= state.queued_from
+        SELECT min(bucket) FROM {schema}.queued_bucket
+        WHERE rollup = %(rollup)s AND grain = %(grain)s AND bucket >= state.queued_from
     )
 WHERE job = %(job)s
 RETURNING (
-    SELECT count(*) FROM {schema}.dirty_bucket
-    WHERE rollup = %(rollup)s AND grain = %(grain)s AND xid IS NULL AND bucket >= queued_from AND bucket < {open}
+    SELECT count(*) FROM {schema}.queued_bucket
+    WHERE rollup = %(rollup)s AND grain = %(grain)s AND bucket >= queued_from AND bucket < {open}
 ) AS remaining
 
 -- name: end_unheld
@@ -445,14 +487,25 @@ SELECT 1 FROM {source} WHERE false GROUP BY {columns} ORDER BY {columns}
 
 -- name: capture_body
 -- Body of the trigger function: appends the buckets that a statement touched, in the writer's own transaction.
--- The time column may be called like a variable of the language (new, found).
+-- The time column may be called like a variable of the language (new, found), hence our own long names.
 #variable_conflict use_column
+DECLARE
+    batchctl_touched bigint;
 BEGIN
     IF TG_OP = 'INSERT' THEN
-        INSERT INTO {schema}.dirty_bucket (rollup, grain, bucket)
-        SELECT DISTINCT {rollup}, {grain}, {bucket}
+        -- One row is the common case, and telling buckets apart would cost as much as noting one.
+        INSERT INTO {schema}.dirty_bucket (rollup, grain, bucket, xid)
+        SELECT {rollup}::text, {grain}::text, {bucket}, pg_current_xact_id()
         FROM new_rows
-        WHERE isfinite({time});
+        WHERE isfinite({time})
+        LIMIT 2;
+        GET DIAGNOSTICS batchctl_touched = ROW_COUNT;
+        IF batchctl_touched = 2 THEN
+            INSERT INTO {schema}.dirty_bucket (rollup, grain, bucket)
+            SELECT DISTINCT {rollup}, {grain}, {bucket}
+            FROM new_rows
+            WHERE isfinite({time});
+        END IF;
     ELSIF TG_OP = 'UPDATE' THEN
         INSERT INTO {schema}.dirty_bucket (rollup, grain, bucket)
         SELECT {rollup}, {grain}, {bucket}
@@ -562,8 +615,11 @@ DROP FUNCTION IF EXISTS {schema}.{function}()
 -- name: drop_target
 DROP TABLE IF EXISTS {table}
 
--- name: forget_queue
+-- name: forget_notes
 DELETE FROM {schema}.dirty_bucket WHERE rollup = {rollup}
+
+-- name: forget_queue
+DELETE FROM {schema}.queued_bucket WHERE rollup = {rollup}
 
 -- name: forget_job
 DELETE FROM {schema}.state WHERE job = {job}

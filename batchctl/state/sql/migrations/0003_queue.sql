@@ -1,17 +1,27 @@
--- What triggers note is told from what a tick has sorted in; a tick remembers what it has seen, so that it need not look
--- at what is gone; local days.
+-- What triggers note is told from what a tick has sorted into the queue; a tick remembers what it has seen, so that it
+-- need not look at what is gone; local days.
 
+-- Identical texts compare quickest by their bytes. Notes are found by the transactions that wrote them: those that were
+-- seen before need not be looked at, even while an old snapshot keeps what was deleted in the index.
 ALTER TABLE {schema}.dirty_bucket
     ALTER COLUMN rollup TYPE text COLLATE "C",
     ALTER COLUMN grain TYPE text COLLATE "C",
-    ADD COLUMN xid xid8 DEFAULT pg_current_xact_id();
+    ADD COLUMN xid xid8 NOT NULL DEFAULT pg_current_xact_id();
 DROP INDEX {schema}.dirty_bucket_queue;
--- Notes are found by the transactions that wrote them: those that were seen before need not be looked at, even while an
--- old snapshot keeps what was deleted in the index.
-CREATE INDEX dirty_bucket_noted ON {schema}.dirty_bucket (rollup, grain, xid, bucket) WHERE xid IS NOT NULL;
--- Only the one tick that holds the job writes these.
-CREATE UNIQUE INDEX dirty_bucket_queued ON {schema}.dirty_bucket (rollup, grain, bucket) WHERE xid IS NULL;
-COMMENT ON COLUMN {schema}.dirty_bucket.xid IS 'Transaction that noted the change; NULL once a tick has sorted the bucket into the queue.';
+CREATE INDEX dirty_bucket_unseen ON {schema}.dirty_bucket (rollup, grain, xid, bucket);
+COMMENT ON TABLE  {schema}.dirty_bucket     IS 'Notes of buckets whose source changed, as triggers append them; the next tick sorts them into queued_bucket.';
+COMMENT ON COLUMN {schema}.dirty_bucket.xid IS 'Transaction that noted the change.';
+
+CREATE TABLE {schema}.queued_bucket (
+    rollup  text COLLATE "C" NOT NULL,
+    grain   text COLLATE "C" NOT NULL,
+    bucket  timestamptz      NOT NULL,
+    PRIMARY KEY (rollup, grain, bucket)
+);
+COMMENT ON TABLE  {schema}.queued_bucket        IS 'Queue of buckets that are to be computed anew; only the tick that holds the job writes here.';
+COMMENT ON COLUMN {schema}.queued_bucket.rollup IS 'The rollup.';
+COMMENT ON COLUMN {schema}.queued_bucket.grain  IS 'The grain whose table is out of date.';
+COMMENT ON COLUMN {schema}.queued_bucket.bucket IS 'Start of the bucket.';
 
 ALTER TABLE {schema}.state
     ADD COLUMN notes_seen       pg_snapshot,
