@@ -10,10 +10,9 @@ from batchctl.rollup.definition import LONGEST_NAME, ROW_COLUMN, ROWS_COLUMN, Ta
 from batchctl.state.database import sql
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable
 
     from batchctl.rollup.definition import Definition, Grain, Places
-    from batchctl.rollup.measure import Measure
     from batchctl.rollup.work import Work
     from batchctl.state.database import Session
 
@@ -29,11 +28,6 @@ def operator_sql(text: str) -> sql.SQL:
     """Take over the operator's SQL as it is; it becomes part of a statement that is run with parameters."""
     # It is trusted like the configuration itself, which may name any command to run.
     return literally(text.replace("%", "%%"))
-
-
-def call(function: str, expression: str) -> sql.Composed:
-    """Write `sum(value)` for the source."""
-    return sql.SQL("{}({})").format(literally(function), operator_sql(expression))
 
 
 def condition(definition: Definition) -> sql.Composable:
@@ -141,12 +135,14 @@ def replacement(work: Work, *, apart: bool, occupied: bool) -> sql.Composed:
         apart: True if the buckets are not all neighbours of each other.
         occupied: True if the table holds rows between the first of the buckets and the last.
     """
+    from batchctl.rollup import values  # noqa: PLC0415 - which is made of the pieces below
+
     session, definition, grain, places = work.session, work.definition, work.grain, work.places
     target = places.targets[grain.name]
     finest = definition.finer(grain.name) is None
     stored = [part.column for part in definition.parts]
-    averages = [measure for measure in definition.measures if measure.function == "avg"]
-    columns = [*stored, *(measure.name for measure in averages)]
+    derived = [measure for measure in definition.measures if measure.value]
+    columns = [*stored, *(measure.name for measure in derived)]
     source, time = built_from(definition, grain, places)
     read = session.statement(
         "rollup.read_ranges" if apart else "rollup.read_range",
@@ -154,7 +150,7 @@ def replacement(work: Work, *, apart: bool, occupied: bool) -> sql.Composed:
         source=source,
         time=time,
         dimensions=sql.Composed([sql.SQL(", {}").format(quoted(name)) for name in definition.dimensions]),
-        values=COMMA.join(_values(definition, places, finest=finest)),
+        values=COMMA.join(values.every_part(definition, places, finest=finest)),
         # By number, because a name would mean a column of the source before one of ours.
         positions=COMMA.join(sql.Literal(number) for number, _ in enumerate(definition.key, start=1)),
         where=condition(definition) if finest else sql.SQL(""),
@@ -165,10 +161,8 @@ def replacement(work: Work, *, apart: bool, occupied: bool) -> sql.Composed:
         target=quoted(*target),
         constraint=quoted(constraint_name(target)),
         columns=names([*definition.key, *stored]),
-        averages=sql.Composed([sql.SQL(", {}").format(quoted(measure.name)) for measure in averages]),
-        divisions=sql.Composed(
-            [sql.SQL(", {}").format(_division(measure, places.averages[measure.name])) for measure in averages]
-        ),
+        derived=sql.Composed([sql.SQL(", {}").format(quoted(measure.name)) for measure in derived]),
+        derivations=sql.Composed([sql.SQL(", {}").format(values.shown(measure, places)) for measure in derived]),
         row=quoted(ROW_COLUMN),
         rows=quoted(ROWS_COLUMN),
         events=quoted(definition.events or ROWS_COLUMN),
@@ -177,8 +171,8 @@ def replacement(work: Work, *, apart: bool, occupied: bool) -> sql.Composed:
         assignments=COMMA.join(
             sql.SQL("{} = {}").format(quoted(column), quoted("excluded", column)) for column in columns
         ),
-        kept=names(columns, "kept"),
-        excluded=names(columns, "excluded"),
+        kept=COMMA.join(values.compared(definition, places, "kept")),
+        excluded=COMMA.join(values.compared(definition, places, "excluded")),
         marks=sql.Composed([_mark(session, parent) for parent in definition.coarser(grain.name)]),
     )
 
@@ -197,24 +191,9 @@ def _mark(session: Session, parent: Grain) -> sql.Composed:
     )
 
 
-def _values(definition: Definition, places: Places, *, finest: bool) -> Iterator[sql.Composed]:
-    for measure in definition.measures:
-        wide = places.averages.get(measure.name) == "double precision"
-        for part in measure.parts:
-            if not finest:
-                yield sql.SQL("{}({})").format(literally(part.merge), quoted(part.column))
-            elif wide and part.function == "sum":
-                yield wide_sum(part.expression)
-            else:
-                yield call(part.function, part.expression)
-
-
-def wide_sum(expression: str) -> sql.Composed:
-    """Write a sum as PostgreSQL adds up for an average; a plain one of `real` rounds to six digits at each step."""
-    return call("sum", f"({expression})::double precision")
-
-
-def _division(measure: Measure, kind: str) -> sql.Composed:
-    # In the average's own type, so that the division of integers keeps its fraction.
-    total, count = (quoted(part.column) for part in measure.parts)
-    return sql.SQL("{}::{} / nullif({}, 0)").format(total, operator_sql(kind), count)
+def dollar_quoted(body: str) -> sql.SQL:
+    """Quote the body of a function."""
+    tag = "$batchctl$"
+    while tag in body:
+        tag = f"{tag[:-1]}_$"
+    return literally(f"{tag}{body}{tag}")

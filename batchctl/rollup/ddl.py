@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from batchctl.errors import BatchctlError, ConfigurationError, UsageError
-from batchctl.rollup import compose
+from batchctl.rollup import compose, views
 from batchctl.rollup.definition import Places, Table, differences
 from batchctl.rollup.source import find
-from batchctl.rollup.steps import completion, creation, removal, tracking
+from batchctl.rollup.steps import Step, completion, creation, removal, tracking
 from batchctl.state.database import sql
 
 if TYPE_CHECKING:
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
     from batchctl.clock import Clock
     from batchctl.rollup.definition import Definition
-    from batchctl.rollup.steps import Step
     from batchctl.state.database import Session
 
 # Whoever waits for a lock on the source makes the application wait behind it, so the wait is short and often repeated.
@@ -127,7 +126,10 @@ def _check_droppable(session: Session, name: str, registered: Any, triggers: Ite
     # A source first: what is said of a target holds for a table that is both.
     wanted = {Table(row.schema, row.table): False for row in triggers}
     if registered is not None:
-        wanted |= dict.fromkeys(Places.from_json(registered.places).targets.values(), True)
+        targets = Places.from_json(registered.places).targets
+        wanted |= dict.fromkeys(targets.values(), True)
+        for grain, target in targets.items():
+            wanted |= dict.fromkeys(views.existing(session, name, grain, target), True)
     rows = session.fetch(
         "rollup.undroppable",
         schemas=[table.schema for table in wanted],
@@ -178,6 +180,8 @@ def _plan(session: Session, definition: Definition) -> _Plan:
         warnings.append(f"{place}: rows deleted from {source} leave the rollup too, also when old rows are purged")
         # Before the triggers, because what they note has to be somebody's work.
         steps.insert(0, creation(session, definition, found))
+    if lacking := views.missing(session, definition, found):
+        steps.append(Step(lacking))
     if not complete:
         steps.append(completion(session, definition.name))
     elif missed:
@@ -191,14 +195,15 @@ def _refuse_shared_targets(plans: Iterable[_Plan]) -> None:
     """Refuse two tables under one name, which two spellings of it may hide in the configuration."""
     owners: dict[Table, str] = {}
     for plan in plans:
-        for grain, table in plan.places.targets.items():
+        for grain, target in plan.places.targets.items():
             owner = f"{plan.rollup}/{grain}"
-            if table in owners:
-                raise ConfigurationError(
-                    f"rollup.{plan.rollup}.target: {table} is the table of {owners[table]} and of {owner}; "
-                    "expected a table for each"
-                )
-            owners[table] = owner
+            for table in (target, *views.views(plan.rollup, grain, target)[:2]):
+                if table in owners:
+                    raise ConfigurationError(
+                        f"rollup.{plan.rollup}.target: {table} is the table or a view of {owners[table]} and of "
+                        f"{owner}; expected names of its own for each"
+                    )
+                owners[table] = owner
 
 
 def _exclude_others(session: Session) -> None:

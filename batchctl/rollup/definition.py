@@ -78,7 +78,7 @@ class Definition:
     @property
     def events(self) -> str | None:
         """Name the column that counts events, if a measure does."""
-        return next((part.column for part in self.parts if (part.function, part.expression) == ("count", "*")), None)
+        return next((measure.name for measure in self.measures if measure.call == "count(*)"), None)
 
     @property
     def finest(self) -> Grain:
@@ -127,8 +127,10 @@ class Places:
 
     source: Table
     targets: Mapping[str, Table]
-    averages: Mapping[str, str] = field(default_factory=dict, compare=False)
-    """The type that PostgreSQL gives to each average."""
+    types: Mapping[str, str] = field(default_factory=dict, compare=False)
+    """The type of each measure whose value is computed from its columns."""
+    extensions: Mapping[str, str] = field(default_factory=dict, compare=False)
+    """The schema of each extension that a measure needs."""
     collations: Mapping[str, str] = field(default_factory=dict, compare=False)
     """How the targets compare a dimension, where that is not how the source does."""
 
@@ -140,7 +142,8 @@ class Places:
         return {
             "source": list(self.source),
             "targets": {grain: list(table) for grain, table in self.targets.items()},
-            "averages": dict(self.averages),
+            "types": dict(self.types),
+            "extensions": dict(self.extensions),
             "collations": dict(self.collations),
         }
 
@@ -148,7 +151,14 @@ class Places:
     def from_json(cls, found: Mapping[str, Any]) -> Places:
         """Read what `as_json` wrote."""
         targets = {grain: Table(*table) for grain, table in found["targets"].items()}
-        return cls(Table(*found["source"]), targets, found["averages"], found.get("collations", {}))
+        return cls(
+            Table(*found["source"]),
+            targets,
+            # A rollup of an earlier version has averages, and nothing else that is computed from its columns.
+            found.get("types", found.get("averages", {})),
+            found.get("extensions", {}),
+            found.get("collations", {}),
+        )
 
 
 def read_definitions(configuration: Configuration) -> tuple[Definition, ...]:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from batchctl.errors import BatchctlError, ConfigurationError, DatabaseUnavailableError
 from batchctl.rollup import compose
 from batchctl.rollup.definition import LONGEST_NAME, Places, Table
+from batchctl.rollup.types import compiled, measure_columns, measured
 
 if TYPE_CHECKING:
     from batchctl.rollup.definition import Definition
-    from batchctl.rollup.measure import Measure
-    from batchctl.state.database import Session, sql
+    from batchctl.state.database import Session
 
 SOURCE_KINDS = ("r", "p")
 BYTEWISE = ' COLLATE "C"'
@@ -60,9 +60,10 @@ def find(session: Session, definition: Definition, before: Places | None) -> Fou
         )
     _check_targets(session, definition, places, ours=before is not None)
     kinds = dict(_column_types(session, definition, columns, places))
-    averages = {measure.name: kinds[measure.name] for measure in definition.measures if measure.function == "avg"}
+    places = measured(session, definition, places)
+    kinds |= measure_columns(session, definition, places)
     return Found(
-        replace(places, averages=averages),
+        places,
         tuple(_tables(session, source, place)),
         tuple(kinds.items()),
         indexed=columns[definition.time].indexed,
@@ -183,45 +184,13 @@ def _column_types(
     place = f"rollup.{definition.name}"
     if definition.where:
         statement = session.statement("rollup.try_where", source=source, where=compose.condition(definition))
-        _try(session, statement, f"{place}.where", definition.where)
+        compiled(session, statement, f"{place}.where", definition.where)
     if definition.dimensions:
         statement = session.statement("rollup.group_rows", source=source, columns=compose.names(definition.dimensions))
-        _try(session, statement, f"{place}.dimensions", ", ".join(definition.dimensions))
+        compiled(session, statement, f"{place}.dimensions", ", ".join(definition.dimensions))
     found = [("bucket", "timestamp with time zone NOT NULL")]
     found += [(name, columns[name].type + places.collations.get(name, "")) for name in definition.dimensions]
-    for measure in definition.measures:
-        found += _measure_columns(session, measure, source, f"{place}.measures.{measure.name}")
     return found
-
-
-def _measure_columns(session: Session, measure: Measure, source: sql.SQL, place: str) -> list[tuple[str, str]]:
-    text = str(measure)
-    found = [
-        (part.column, _type(session, compose.call(part.function, part.expression), source, place, text))
-        for part in measure.parts
-    ]
-    if measure.function == "avg":
-        kind = _type(session, compose.call(measure.function, measure.expression), source, place, text)
-        if kind == "double precision":
-            total = measure.parts[0]
-            found[0] = (total.column, _type(session, compose.wide_sum(total.expression), source, place, text))
-        found.append((measure.name, kind))
-    return found
-
-
-def _type(session: Session, call: sql.Composed, source: sql.SQL, place: str, text: str) -> str:
-    statement = session.statement("rollup.measure_type", call=call, source=source)
-    kind: str = _try(session, statement, place, text)[0].type
-    return kind
-
-
-def _try(session: Session, statement: sql.Composed, place: str, text: str) -> list[Any]:
-    try:
-        return session.run(statement, {})
-    except DatabaseUnavailableError:
-        raise
-    except BatchctlError as error:
-        raise ConfigurationError(f"{place}: found {text!r}: {error}") from error
 
 
 def _kind(letter: str) -> str:

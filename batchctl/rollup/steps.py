@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from batchctl.errors import ConfigurationError
-from batchctl.rollup import compose
+from batchctl.rollup import compose, views
 from batchctl.rollup.definition import Places, Table
 from batchctl.state.database import sql
 
@@ -82,7 +82,7 @@ def tracking(session: Session, definition: Definition, found: Found, *, again: b
     steps = []
     if present is None or present.body != body:
         identifier = sql.Identifier(function)
-        create = session.statement("rollup.create_function", function=identifier, body=_dollar_quoted(body))
+        create = session.statement("rollup.create_function", function=identifier, body=compose.dollar_quoted(body))
         steps.append(Step((create, session.statement("rollup.close_function", function=identifier))))
     tracked = {
         (row.schema, row.table, row.trigger) for row in session.fetch("rollup.find_triggers", **ours) if row.enabled
@@ -149,6 +149,8 @@ def removal(session: Session, name: str, registered: Any, triggers: Iterable[Any
     last = [session.statement("rollup.drop_function", function=sql.Identifier(compose.function_name(name)))]
     if registered is not None:
         targets = Places.from_json(registered.places).targets
+        for grain, target in targets.items():
+            last += views.removal(session, name, grain, target)
         last += [session.statement("rollup.drop_target", table=sql.Identifier(*table)) for table in targets.values()]
         last += [
             session.statement("rollup.forget_job", job=sql.Literal(f"{name}/{grain}"))
@@ -170,7 +172,7 @@ def _comments(session: Session, definition: Definition, places: Places, grain: s
     texts = {"bucket": f"Start of the bucket, {what} and does not hold its end; UTC."}
     texts |= {name: f"Dimension {name} of {places.source}." for name in definition.dimensions}
     for measure in definition.measures:
-        texts |= {part.column: f"{part.function}({part.expression})" for part in measure.parts}
+        texts |= {part.column: str(part) for part in measure.parts}
         texts[measure.name] = str(measure)
     for column, comment in texts.items():
         yield session.statement(
@@ -188,10 +190,3 @@ def _body(session: Session, definition: Definition) -> str:
         time=sql.Identifier(definition.time),
     )
     return f"\n{body.as_string()}\n"
-
-
-def _dollar_quoted(body: str) -> sql.SQL:
-    tag = "$batchctl$"
-    while tag in body:
-        tag = f"{tag[:-1]}_$"
-    return compose.literally(f"{tag}{body}{tag}")

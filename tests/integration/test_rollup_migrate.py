@@ -288,7 +288,7 @@ def test_a_rollup_that_was_not_migrated_is_refused(session):
 
 def test_a_table_of_ours_that_is_gone_is_named(session):
     migrate(session, [define()], CLOCK)
-    session.connection.execute("DROP TABLE agg_5m")
+    session.connection.execute("DROP TABLE agg_5m CASCADE")
     with pytest.raises(ConfigurationError, match=r"its table public\.agg_5m is gone"):
         migrate(session, [define()], CLOCK)
 

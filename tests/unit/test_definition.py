@@ -36,6 +36,11 @@ def read(**keys):
         (r"sum(length(e'it\') ; s'))", "sum", r"length(e'it\') ; s')"),
         ('sum("odd ) , name")', "sum", '"odd ) , name"'),
         ("sum(value % 10)", "sum", "value % 10"),
+        ("STDDEV_POP(value)", "stddev_pop", "value"),
+        ("count(DISTINCT lower(item))", "count distinct", "lower(item)"),
+        ("count(distinct(item))", "count distinct", "(item)"),
+        ("count(distinction)", "count", "distinction"),
+        ("Percentile_Cont ( .95 ) WITHIN  GROUP (ORDER BY value - (a))", "percentile_cont", "value - (a)"),
     ],
 )
 def test_a_measure_is_a_function_of_an_expression(text, function, expression):
@@ -47,7 +52,16 @@ def test_a_measure_is_a_function_of_an_expression(text, function, expression):
     "text",
     [
         "median(x)",
-        "count(distinct x)",
+        "count(distinct)",
+        "count(distinct *)",
+        "count(distinct a, b)",
+        "count(all x)",
+        "stddev(distinct x)",
+        "percentile_cont(0.5)",
+        "percentile_cont(x)",
+        "percentile_cont(0.5) within group (order by a, b)",
+        "percentile_cont(0.5) within group (order by )",
+        "count distinct(x)",
         "sum(ALL x)",
         "count()",
         "sum(*)",
@@ -74,11 +88,31 @@ def test_anything_else_is_refused_with_its_key(text):
     message = str(caught.value)
     assert message.startswith("/etc/batchctl.toml: rollup.trend.measures.foo: found ")
     assert repr(text) in message
-    assert "count(*), count(x), sum(x), min(x), max(x) or avg(x)" in message
+    assert "count(*), count(x), count(distinct x), sum(x), min(x), max(x), avg(x), " in message
     assert caught.value.exit_code == ExitCode.CONFIGURATION
 
 
-@pytest.mark.parametrize("where", ["a) or (b", "(a", "a; b", "a -- b", "a = 'b"])
+@pytest.mark.parametrize("fraction", ["1.01", "2", "..5", "1.2.3"])
+def test_a_percentile_is_of_a_fraction(fraction):
+    with pytest.raises(ConfigurationError, match=r"measures\.m: .*a fraction from 0 to 1"):
+        read_measure("m", f"percentile_cont({fraction}) within group (order by x)", "measures.m")
+
+
+@pytest.mark.parametrize("fraction", ["0", "1", ".5", "0.95", "1.0"])
+def test_a_percentile_is_written_as_it_is_read(fraction):
+    measure = read_measure("m", f"percentile_cont({fraction}) within group (order by x)", "")
+    assert measure.fraction == fraction
+    assert read_measure("m", str(measure), "") == measure
+
+
+@pytest.mark.parametrize("name", ["stddev", "stddev_samp", "stddev_pop", "variance", "var_samp", "var_pop"])
+def test_a_spread_is_kept_as_count_sum_and_squares(name):
+    measure = read_measure("m", f"{name}(v)", "")
+    assert [part.column for part in measure.parts] == ["m_count", "m_sum", "m_squares"]
+    assert {part.form.merged for part in measure.parts} == {"sum({column})"}
+
+
+@pytest.mark.parametrize("where", ["a) or (b", "(a", "a; b", "a -- b", "a /* b", "a = 'b", 'a = "b'])
 def test_a_filter_that_would_escape_is_refused(where):
     with pytest.raises(ConfigurationError, match=r"rollup\.trend\.where: found"):
         read(where=where)
@@ -90,15 +124,15 @@ def test_a_filter_may_hold_commas_and_quotes():
 
 def test_an_average_is_kept_as_sum_and_count():
     parts = read_measure("value_avg", "avg(value)", "").parts
-    assert [(part.column, part.function, part.merge) for part in parts] == [
-        ("value_avg_sum", "sum", "sum"),
-        ("value_avg_count", "count", "sum"),
+    assert [(part.column, part.form.computed, part.form.merged) for part in parts] == [
+        ("value_avg_sum", "sum({x})", "sum({column})"),
+        ("value_avg_count", "count({x})", "sum({column})"),
     ]
 
 
 @pytest.mark.parametrize(("function", "merge"), [("count", "sum"), ("sum", "sum"), ("min", "min"), ("max", "max")])
 def test_how_a_measure_merges_upwards(function, merge):
-    assert read_measure("m", f"{function}(x)", "").parts[0].merge == merge
+    assert read_measure("m", f"{function}(x)", "").parts[0].form.merged == f"{merge}({{column}})"
 
 
 @pytest.mark.parametrize(
@@ -162,9 +196,10 @@ def test_places_survive_the_registry():
     places = Places(Table("public", "fact_events"), {"1m": Table("public", "agg_1m")})
     assert Places.from_json(places.as_json()) == places
     # Found anew by each `migrate`, and no reason to take the tables for others.
-    averages = {"price": "numeric"}
-    assert Places.from_json(replace(places, averages=averages).as_json()).averages == averages
-    assert replace(places, averages=averages) == places
+    types, extensions = {"price": "numeric"}, {"hll": "public"}
+    read = Places.from_json(replace(places, types=types, extensions=extensions).as_json())
+    assert (read.types, read.extensions) == (types, extensions)
+    assert replace(places, types=types, extensions=extensions) == places
 
 
 def test_events_are_counted_by_the_measure_that_counts_rows():

@@ -108,6 +108,7 @@ SELECT job FROM {schema}.state WHERE job = %(job)s FOR KEY SHARE SKIP LOCKED
 -- that a crash of the server loses is in the queue again, so it need not wait for the disk. Neither a lock nor a client
 -- that is gone keeps the job for long.
 SELECT
+    set_config('extra_float_digits', '1', true) AS extra_float_digits,
     set_config('row_security', 'off', true) AS row_security,
     set_config('TimeZone', 'UTC', true) AS time_zone,
     set_config('jit', 'off', true) AS jit,
@@ -310,8 +311,8 @@ CROSS JOIN LATERAL (
 WITH fresh ({columns}, {rows}) AS MATERIALIZED (
     {read}
 ), written AS (
-    INSERT INTO {target} AS kept ({columns}{averages})
-    SELECT {columns}{divisions} FROM fresh ORDER BY {order}
+    INSERT INTO {target} AS kept ({columns}{derived})
+    SELECT {columns}{derivations} FROM fresh ORDER BY {order}
     ON CONFLICT ON CONSTRAINT {constraint} DO UPDATE SET {assignments}
     WHERE ROW({kept}) IS DISTINCT FROM ROW({excluded})
     RETURNING kept.bucket
@@ -342,8 +343,8 @@ FROM fresh
 WITH fresh ({columns}, {rows}) AS MATERIALIZED (
     {read}
 ), written AS (
-    INSERT INTO {target} ({columns}{averages})
-    SELECT {columns}{divisions} FROM fresh ORDER BY {order}
+    INSERT INTO {target} ({columns}{derived})
+    SELECT {columns}{derivations} FROM fresh ORDER BY {order}
 ), changed AS (
     SELECT DISTINCT bucket FROM fresh
 ){marks}
@@ -656,6 +657,12 @@ SELECT
             AND (
                 (refclassid = 'pg_class'::regclass AND refobjid = class.oid)
                 OR (refclassid = 'pg_type'::regclass AND refobjid = class.reltype)
+            )
+            AND NOT EXISTS (
+                SELECT FROM unnest(%(schemas)s::text[], %(names)s::text[]) AS ours (schema, name)
+                JOIN pg_namespace ON nspname = ours.schema
+                JOIN pg_class ON relname = ours.name AND relnamespace = pg_namespace.oid
+                WHERE pg_class.oid = ev_class
             )
         ORDER BY 1
     ) ELSE '{{}}' END AS dependants
