@@ -136,8 +136,9 @@ def answers(seen: Seen, at: datetime, zone: tzinfo) -> Iterator[GuardAnswer]:
         left = f"left alive by an earlier run: {listed(seen.orphans)}; `batchctl orphans --kill` ends them"
         yield GuardAnswer("orphans", not seen.orphans, None, left if seen.orphans else "none")
         yield _busy("elsewhere", None if here else run, seen, at, zone)
-    yield GuardAnswer("enabled", job.enabled, None, "yes" if job.enabled else "disabled in the configuration")
-    yield GuardAnswer("paused", not seen.paused, None, lifted_by(seen.paused) if seen.paused else "no")
+    yield GuardAnswer("enabled", job.enabled, None, "enabled" if job.enabled else "disabled in the configuration")
+    paused = f"paused: {lifted_by(seen.paused)}" if seen.paused else "not paused"
+    yield GuardAnswer("paused", not seen.paused, None, paused)
     yield _hours(job.hours, at, zone)
     if job.batch is not None:
         yield _gap(seen, at, zone)
