@@ -182,11 +182,11 @@ def _gap(seen: Seen, at: datetime, zone: tzinfo) -> GuardAnswer:
     if refusal is None or seen.job.batch is None:
         return GuardAnswer("gap", True, None, "nothing completed before")
     rule = gap_rule(seen.job.batch, seen.job.group, zone)
-    apart = str(Duration(seconds=refusal.gap.total_seconds()))
+    apart = f"at least {Duration(seconds=refusal.gap.total_seconds())} apart"
     if refusal.gap > rule.min_gap:
-        apart += f", {rule.gap_factor:g} times {seen.estimate}"
+        apart += f": {rule.gap_factor:g} times {seen.estimate}"
     completed = f"{'estimated to complete' if seen.counts else 'completed'} {shown(refusal.since, zone)}"
-    return _dated("gap", refusal, at, zone, f"{completed}, at least {apart} apart")
+    return _dated("gap", refusal, at, zone, f"{completed}, {apart}")
 
 
 def _every(seen: Seen, at: datetime, zone: tzinfo) -> GuardAnswer:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from datetime import datetime, timedelta
+from pathlib import Path
 
 import psycopg
 import pytest
@@ -138,8 +139,39 @@ def test_next_sees_a_run_on_another_host_until_it_is_estimated_to_end(batchctl):
     assert now + timedelta(hours=14) <= start < now + timedelta(hours=15), "its end, six hours, the next full hour"
     assert answer["estimated"]
     with psycopg.connect(batchctl.url) as connection:
+        # As if it had been another state directory of this machine, whose run has died.
+        boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        connection.execute("UPDATE batchctl.run SET boot_id = %s, pid = 4000000 WHERE run_id = 'r2'", [boot_id])
+    assert batchctl.json("status")["jobs"][0]["state"] == "idle"
+    elsewhere = guards_of(batchctl.json("next")["jobs"][0])["elsewhere"]
+    assert not elsewhere["allows"]
+    assert elsewhere["text"].startswith("died (pid 4000000 on far, ")
+    assert abs(parse(elsewhere["until"]) - now - timedelta(days=1)) < timedelta(seconds=1)
+    assert batchctl.json("run-batch", code=75)["reason"] == "running_elsewhere", "as next says"
+    with psycopg.connect(batchctl.url) as connection:
         connection.execute("UPDATE batchctl.run SET claimed_until = now() - interval '1s' WHERE run_id = 'r2'")
     assert guards_of(batchctl.json("next")["jobs"][0])["elsewhere"]["allows"], "its claim is over"
+
+
+def test_a_group_waits_for_another_one_but_has_a_gap_and_an_estimate_of_its_own(batchctl):
+    steps = [("31", GO, 'group = "search"'), ("61", "true", 'group = "upload"')]
+    batchctl.configure(batch(steps, 'timeout = "2h"'))
+    process = batchctl.start("run-batch", "--group", "search")
+    wait_for((batchctl.directory / "started").exists)
+    states = {job["job"]: job["state"] for job in batchctl.json("status")["jobs"]}
+    assert states == {"daily": "running", "daily/search": "running", "daily/upload": "idle"}
+    answer = batchctl.json("next", "daily/upload")["jobs"][0]
+    guards = guards_of(answer)
+    assert (guards["lock"]["allows"], guards["gap"]["text"]) == (False, "nothing completed before")
+    assert answer["next_eligible_at"] == guards["lock"]["until"]
+    whole = batchctl.json("next", "daily")["jobs"][0]
+    assert parse(whole["next_eligible_at"]) - parse(answer["next_eligible_at"]) == timedelta(hours=6)
+    (batchctl.directory / "go").touch()
+    process.communicate(timeout=60)
+    with psycopg.connect(batchctl.url) as connection:
+        connection.execute("UPDATE batchctl.run SET duration = '1h'")
+    estimates = {job["job"]: job["estimate_seconds"] for job in batchctl.json("status")["jobs"]}
+    assert estimates == {"daily": 7200, "daily/search": 3600, "daily/upload": 7200}
 
 
 def test_next_of_a_job_without_a_schedule_says_from_when_on_it_may_start(batchctl):
