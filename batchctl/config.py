@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping  # noqa: TC003 - msgspec reads the annotations
+from collections.abc import Iterable, Mapping  # noqa: TC003 - msgspec reads the annotations
 from datetime import timedelta
+from itertools import groupby
 from pathlib import Path  # noqa: TC003 - the same
 from typing import Annotated, Any, Literal
 
@@ -167,6 +168,19 @@ class Batch(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     def groups(self) -> tuple[str, ...]:
         """Name the groups of the steps, in the order of the file."""
         return tuple(dict.fromkeys(step.group for step in self.step if step.group is not None))
+
+    def quantity_of(self, step: Step) -> int:
+        """Return the quantity of a step: its own, or that of the batch."""
+        return self.quantity if step.quantity is None else step.quantity
+
+    def stages(self, steps: Iterable[Step]) -> tuple[tuple[Step, ...], ...]:
+        """Say which of these steps run together: those of a parallel group that follow each other, else each alone."""
+        stages: list[tuple[Step, ...]] = []
+        for name, members in groupby(steps, key=lambda step: step.group):
+            following = tuple(members)
+            together = name in self.group and self.group[name].parallel
+            stages += [following] if together else [(step,) for step in following]
+        return tuple(stages)
 
 
 class Rollup(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

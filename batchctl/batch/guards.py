@@ -17,6 +17,7 @@ from batchctl.guard.liveness import Orphan, Recorded, find_orphans, forget_runs,
 from batchctl.guard.pause import lifted_by
 from batchctl.logs import elapsed, shown
 from batchctl.schedule.cron import inside_hours, next_inside_hours
+from batchctl.schedule.estimate import estimate
 from batchctl.state.claim import ClaimRequest
 
 if TYPE_CHECKING:
@@ -29,7 +30,8 @@ if TYPE_CHECKING:
     from batchctl.clock import Clock
     from batchctl.config import Batch, Configuration
     from batchctl.guard.lock import Holder
-    from batchctl.state.claim import Claim, JobState, LiveRun
+    from batchctl.schedule.estimate import Estimate
+    from batchctl.state.claim import Claim, JobState, LiveRun, PastRun
     from batchctl.state.host import Host
     from batchctl.state.journal import Journal
     from batchctl.state.store import Store
@@ -208,7 +210,7 @@ class Guards:
             datetime.fromisoformat(max(completed)) if completed else None,
             datetime.fromisoformat(max(started)) if started else None,
             # What the database would add to the gap is not known; it holds at least that long.
-            estimate_seconds=0,
+            timedelta(0),
         )
         return self._too_early(refusal, self.clock.now())
 
@@ -228,7 +230,8 @@ class Guards:
             )
         if self.force_gap or resumed:
             return None
-        refusal = self.refusal(job.last_completed_at, job.last_started_at, job.estimate_seconds)
+        expected = self.estimate(job.past_runs).duration
+        refusal = self.refusal(job.last_completed_at, job.last_started_at, expected)
         return self._too_early(refusal, job.now)
 
     def _too_early(self, refusal: Refusal | None, now: datetime) -> Skip | None:
@@ -240,15 +243,15 @@ class Guards:
         text = f"{what}. Skipped; next possible start {shown(refusal.next_eligible_at, self.zone)}."
         return Skip(refusal.reason, text, refusal.next_eligible_at)
 
-    def refusal(
-        self, completed: datetime | None, started: datetime | None, estimate_seconds: float | None
-    ) -> Refusal | None:
-        estimate = self.batch.timeout if estimate_seconds is None else timedelta(seconds=estimate_seconds)
+    def estimate(self, past_runs: Sequence[PastRun]) -> Estimate:
+        return estimate(self.batch, self.group, past_runs)
+
+    def refusal(self, completed: datetime | None, started: datetime | None, expected: timedelta) -> Refusal | None:
         return earliest_start(
             gap_rule(self.batch, self.group, self.zone),
             last_completed_at=completed,
             last_started_at=started,
-            estimate=estimate,
+            estimate=expected,
         )
 
 

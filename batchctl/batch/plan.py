@@ -6,7 +6,6 @@ import hashlib
 import json
 import re
 from dataclasses import dataclass
-from itertools import groupby
 from typing import TYPE_CHECKING
 
 from batchctl.errors import UsageError, choices
@@ -128,24 +127,19 @@ def fill(text: str, *, batch: str, run_id: str, step: PlannedStep) -> str:
 
 
 def _stages(account: str, batch: Batch, steps: Sequence[Step]) -> tuple[tuple[PlannedStep, ...], ...]:
-    stages: list[tuple[PlannedStep, ...]] = []
-    for group, members in groupby(steps, key=lambda step: step.group):
-        planned = tuple(
-            PlannedStep(
-                account=account,
-                step=step.id,
-                group=step.group,
-                quantity=batch.quantity if step.quantity is None else step.quantity,
-                timeout=step.timeout or batch.step_timeout,
-                retries=step.retries,
-                command=step.command,
-                env=step.env,
-            )
-            for step in members
+    def planned(step: Step) -> PlannedStep:
+        return PlannedStep(
+            account=account,
+            step=step.id,
+            group=step.group,
+            quantity=batch.quantity_of(step),
+            timeout=step.timeout or batch.step_timeout,
+            retries=step.retries,
+            command=step.command,
+            env=step.env,
         )
-        together = group in batch.group and batch.group[group].parallel
-        stages.extend([planned] if together else [(step,) for step in planned])
-    return tuple(stages)
+
+    return tuple(tuple(planned(step) for step in stage) for stage in batch.stages(steps))
 
 
 def _require(option: str, value: str | None, known: tuple[str, ...]) -> None:

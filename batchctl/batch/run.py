@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from batchctl.batch.attempt import RunSetting
 from batchctl.batch.heartbeat import Heartbeat
 from batchctl.batch.interruption import Stop
+from batchctl.batch.overrun import Overrun
 from batchctl.batch.record import Recorder
 from batchctl.batch.result import RunResult, StepResult
 from batchctl.batch.runner import Runner
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from batchctl.batch.resume import Work
     from batchctl.clock import Clock
     from batchctl.guard.run_locks import RunLocks
+    from batchctl.schedule.estimate import Estimate
 
 SKIP_LIMIT_SECONDS = 2.0
 """How long what is decided already may wait for the database."""
@@ -41,6 +43,7 @@ class Claimed:
         began: The same by the monotonic clock.
         asked: When it was asked for, by that clock: not later than the database counts from.
         locks: What says that the run lives, and what its steps inherit.
+        expected: How long the whole job was taken to run at that moment.
     """
 
     work: Work
@@ -49,6 +52,7 @@ class Claimed:
     began: float
     asked: float
     locks: RunLocks
+    expected: Estimate
 
     @property
     def run_id(self) -> str:
@@ -112,7 +116,7 @@ class Run:
                 grace=guards.batch.grace,
                 clock=clock,
                 log=log,
-                looks=(runner.output.check,),
+                looks=(runner.output.check, Overrun(claimed.expected, claimed.began, clock, log).look),
             ):
                 steps = runner.run()
             outcome, reason = runner.outcome(), runner.reason()
@@ -128,7 +132,7 @@ class Run:
             level = log.info if outcome == "success" else log.error
             level("Run finished: %s in %s", outcome, elapsed(duration))
         finished_at = row.finished_at if row else claimed.now(clock)
-        refusal = guards.refusal(finished_at, claimed.started_at, self._estimate(duration))
+        refusal = guards.refusal(finished_at, claimed.started_at, self._expected_next())
         return RunResult(
             guards.name,
             guards.group,
@@ -185,15 +189,16 @@ class Run:
             policy = "ignores" if ignored else "is skipped because of"
             self.guards.log.warning("The run left processes alive, the next start %s them: %s", policy, listed(left))
 
-    def _estimate(self, duration: float) -> float:
+    def _expected_next(self) -> timedelta:
+        """Return the estimate for the next run: with this one in the history, if that can be asked."""
         if not self.guards.batch.gap_factor:
-            return duration  # which decides nothing then
+            return timedelta(0)  # it decides nothing then
 
-        def ask() -> float | None:
+        def ask() -> timedelta:
             with self.state.connect(limit=SKIP_LIMIT_SECONDS) as store:
-                return store.estimate_seconds(self.guards.job)
+                return self.guards.estimate(store.past_runs(self.guards.job)).duration
 
         try:
-            return within(SKIP_LIMIT_SECONDS, ask) or self.guards.batch.timeout.total_seconds()
+            return within(SKIP_LIMIT_SECONDS, ask)
         except BatchctlError:
-            return duration
+            return self.claimed.expected.duration

@@ -126,7 +126,8 @@ class Start:
         if isinstance(claim, Skip):
             return claim
         assert claim.run is not None  # noqa: S101 - neither a live run nor a refusal leaves only this
-        return Claimed(work, claim.run, claim.now, guards.clock.monotonic(), asked, locks)
+        expected = replace(guards, job=work.plan.job).estimate(claim.past_runs)
+        return Claimed(work, claim.run, claim.now, guards.clock.monotonic(), asked, locks, expected)
 
     def _withdraw(self, state: State, asking: list[tuple[str, int]]) -> None:
         """Take back a claim that the database may have granted without our hearing of it; nothing was started."""

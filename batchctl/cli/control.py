@@ -56,7 +56,7 @@ def unpause(session: Session, job: Job) -> int:
 
 def _configured(session: Session, job: str) -> str:
     """Return the batch or rollup of a job, which has to be configured."""
-    from batchctl.report.jobs import pausable
+    from batchctl.report.configured import pausable
 
     known = pausable(session.configuration)
     if job not in known:

@@ -34,7 +34,7 @@ def history(
 ) -> int:
     """Show what ran and what was skipped and why, newest first."""
     from batchctl.cli import render
-    from batchctl.report.jobs import pausable
+    from batchctl.report.configured import pausable
 
     with session.connect() as store:
         entries = store.history(limit, job)

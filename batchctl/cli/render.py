@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from batchctl.batch.recovery import Left
     from batchctl.batch.result import RunResult, StepResult
     from batchctl.batch.resume import Work
-    from batchctl.report.jobs import JobStatus, NextStart
+    from batchctl.report.jobs import JobStatus
+    from batchctl.report.start import NextStart
     from batchctl.rollup.refresh import GrainResult
 
 STEP_KEYS = (
@@ -172,10 +173,11 @@ def status(statuses: Sequence[JobStatus], *, zone: tzinfo, json: bool) -> None:
             time(job.last_started_at if job.state == "running" else job.last_completed_at),
             job.last_outcome or "-" if job.state != "running" else "-",
             time(job.next_eligible_at),
+            _notes(job, zone),
         )
         for job in statuses
     ]
-    table(("job", "state", "since", "outcome", "next eligible"), rows)
+    table(("job", "state", "since", "outcome", "next eligible", "notes"), rows)
 
 
 def _state(job: JobStatus) -> str:
@@ -188,6 +190,17 @@ def _state(job: JobStatus) -> str:
     return f"{job.state} ({', '.join(notes)})" if notes else job.state
 
 
+def _notes(job: JobStatus, zone: tzinfo) -> str:
+    notes = [f"hours {job.hours}"] if job.hours else []
+    if job.estimate_seconds is not None:
+        notes.append(f"{'takes' if job.estimate_runs else 'timeout'} {elapsed(job.estimate_seconds)}")
+    if job.overdue:
+        notes.append("overdue")
+    if job.expected_end_at is not None:
+        notes.append(f"estimated end {shown(job.expected_end_at, zone)}")
+    return ", ".join(notes)
+
+
 def next_starts(starts: Sequence[NextStart], *, zone: tzinfo, json: bool) -> None:
     """Print when jobs will next start, and what each guard says."""
     if json:
@@ -196,11 +209,23 @@ def next_starts(starts: Sequence[NextStart], *, zone: tzinfo, json: bool) -> Non
     if not starts:
         line("No job has a schedule; `batchctl next JOB` asks about one.")
     for start in starts:
-        when = "no start in sight" if start.next_start_at is None else shown(start.next_start_at, zone)
-        line(f"{start.job}: {when}{' (estimated)' if start.estimated and start.next_start_at else ''}")
-        line(f"  schedule: {start.schedule or 'none'}")
+        line(f"{start.job}: {_when(start, zone)}")
+        moved = " (this local time does not exist that day; cron starts the job when clocks have changed)"
+        line(f"  schedule: {start.schedule or 'none'}{moved if start.moved else ''}")
         for answer in start.guards:
             line(f"  {answer.guard}: {answer.text}")
+
+
+def _when(start: NextStart, zone: tzinfo) -> str:
+    estimated = " (estimated)" if start.estimated else ""
+    if start.next_start_at is not None:
+        return f"{shown(start.next_start_at, zone)}{estimated}"
+    if start.next_eligible_at is None:
+        refusing = ", ".join(answer.guard for answer in start.guards if not answer.allows)
+        return f"no start in sight ({refusing})"
+    if start.schedule:
+        return "no start in sight (schedule and hours never meet)"
+    return f"no schedule; may start from {shown(start.next_eligible_at, zone)} on{estimated}"
 
 
 def orphans(found: Sequence[Left], *, zone: tzinfo, json: bool) -> None:

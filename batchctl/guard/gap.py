@@ -67,8 +67,25 @@ def due_after(start: datetime, every: timedelta, zone: tzinfo) -> datetime:
     """Return when a start is due again; whole days are local days, also those of 23 or 25 hours."""
     if every % DAY:
         return start + every
-    # Arithmetic on an aware datetime of one zone moves the wall clock, not the instant.
-    return (start.astimezone(zone) + every).astimezone(UTC)
+    return _first_at_or_after(start.astimezone(zone).replace(tzinfo=None) + every, zone)
+
+
+def _first_at_or_after(wall: datetime, zone: tzinfo) -> datetime:
+    """Return the first instant at which local clocks show a time or have gone past it."""
+    # Of a time that exists twice this is the first; one that does not exist is read by the offset before the change.
+    late = wall.replace(tzinfo=zone, fold=0).astimezone(UTC)
+    if late.astimezone(zone).replace(tzinfo=None) == wall:
+        return late
+    # Clocks went past it when they changed, which cron takes as its minute too. By the offset after the change it is
+    # earlier than that.
+    early = wall.replace(tzinfo=zone, fold=1).astimezone(UTC)
+    while late - early > timedelta(microseconds=1):
+        middle = early + (late - early) / 2
+        if middle.astimezone(zone).replace(tzinfo=None) < wall:
+            early = middle
+        else:
+            late = middle
+    return late
 
 
 def refused(refusal: Refusal | None, now: datetime) -> bool:

@@ -1,28 +1,28 @@
-"""Every configured job: what it does now, when it may next start, and what each guard says to that."""
+"""What each configured job does now, and when it may next start."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import datetime, timedelta, tzinfo
-from typing import TYPE_CHECKING, Any, NamedTuple
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
-from batchctl.guard.gap import earliest_start, gap_rule, job_hours
 from batchctl.guard.identity import ProcessIdentity, alive, boot_id
+from batchctl.guard.liveness import Recorded, find_orphans
 from batchctl.guard.lock import lock_path, read_holder
-from batchctl.guard.pause import lifted_by
-from batchctl.logs import elapsed, shown
-from batchctl.schedule.cron import inside_hours, next_inside_hours, next_time
+from batchctl.report.configured import Job, configured_jobs
+from batchctl.report.guards import RunSeen, Seen
+from batchctl.report.start import next_start
+from batchctl.schedule.estimate import Estimate, estimate
+from batchctl.state.host import this_host
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from datetime import datetime, tzinfo
 
     from batchctl.clock import Clock
-    from batchctl.config import Batch, Configuration, Rollup
-    from batchctl.guard.gap import Refusal
+    from batchctl.config import Configuration
+    from batchctl.guard.liveness import Orphan
+    from batchctl.report.start import NextStart
     from batchctl.state.store import Store
-
-MOST_CRON_TIMES = 10_000
-"""After so many cron times that a guard refuses, the schedule and the hours are taken never to meet."""
 
 
 @dataclass(frozen=True)
@@ -36,85 +36,19 @@ class JobStatus:
     last_outcome: str | None
     next_eligible_at: datetime | None
     estimate_seconds: float | None
+    estimate_runs: int | None
+    """How many runs the estimate comes from; 0 if it is the timeout, None for a rollup."""
+    expected_end_at: datetime | None
+    """When the run in progress is over by its estimate, which may be past."""
+    overdue: bool
+    """Whether the run in progress exceeds its estimate by half, as far as runs have shown how long one takes."""
     pid: int | None
     host: str | None
     paused: tuple[str, ...]
     """What is paused and keeps the job from starting."""
     enabled: bool
-
-
-@dataclass(frozen=True)
-class GuardAnswer:
-    """What one guard says: whether it allows a start now, from when on it does, and why."""
-
-    guard: str
-    allows: bool
-    until: datetime | None
-    text: str
-
-
-@dataclass(frozen=True)
-class NextStart:
-    """The first cron time that every guard will allow; estimated if a run is in progress."""
-
-    job: str
     schedule: str
-    next_start_at: datetime | None
-    estimated: bool
-    guards: tuple[GuardAnswer, ...]
-
-
-class _Running(NamedTuple):
-    pid: int
-    host: str
-    started_at: datetime
-
-
-class _Job(NamedTuple):
-    name: str
-    batch: Batch | None
-    group: str | None
-    rollup: Rollup | None
-    grain: str | None
-
-    @property
-    def lock(self) -> str:
-        top = self.name.partition("/")[0]
-        return f"batch.{top}" if self.batch else f"rollup.{top}.{self.grain}"
-
-    @property
-    def enabled(self) -> bool:
-        return (self.batch or self.rollup).enabled  # type: ignore[union-attr]  # one of the two is there
-
-    @property
-    def schedule(self) -> str:
-        if self.rollup is not None:
-            return self.rollup.schedule.get(self.grain or "", "")
-        own = self.batch.group.get(self.group) if self.batch and self.group else None
-        if self.group:
-            return own.schedule if own else ""
-        return self.batch.schedule if self.batch else ""
-
-    @property
-    def hours(self) -> str:
-        return job_hours(self.batch, self.group) if self.batch else (self.rollup.hours if self.rollup else "")
-
-
-def pausable(configuration: Configuration) -> tuple[str, ...]:
-    """Name every job, and each rollup as a whole."""
-    jobs = list(_configured(configuration))
-    # A batch is a job itself; a rollup is only the name of its grains.
-    return tuple(dict.fromkeys(name for job in jobs for name in (job.name.partition("/")[0], job.name)))
-
-
-def _configured(configuration: Configuration) -> Iterator[_Job]:
-    for name, batch in configuration.batches.items():
-        yield _Job(name, batch, None, None, None)
-        for group in batch.groups:
-            yield _Job(f"{name}/{group}", batch, group, None, None)
-    for name, rollup in configuration.rollups.items():
-        for grain in rollup.grains:
-            yield _Job(f"{name}/{grain}", None, None, rollup, grain)
+    hours: str
 
 
 class JobReader:
@@ -127,10 +61,12 @@ class JobReader:
         self._clock = clock
         self._rows = {row.job: row for row in store.jobs()}
         self._now = store.now()
+        self._estimates: dict[str, Estimate] = {}
+        self._orphans: dict[str, tuple[Orphan, ...]] = {}
 
     def statuses(self) -> list[JobStatus]:
         """Return every configured job in the order of the file."""
-        return [self._status(job, *self._look(job)) for job in self._jobs()]
+        return [self._status(self._see(job)) for job in configured_jobs(self._configuration)]
 
     def next_starts(self, name: str | None, at: datetime | None) -> list[NextStart]:
         """Return when jobs will next start.
@@ -139,138 +75,108 @@ class JobReader:
             name: A job; a batch's or rollup's name stands for all below it. None for all that have a schedule.
             at: As if it were then; None for now.
         """
-        after = at or self._now
-        jobs = [job for job in self._jobs() if name in (None, job.name, job.name.partition("/")[0])]
-        return [self._next(job, after) for job in jobs if job.schedule or name == job.name]
+        return [
+            next_start(self._see(job, orphans=True), at or self._now, self._zone)
+            for job in configured_jobs(self._configuration)
+            if name in (None, job.name, job.top) and (job.schedule or name == job.name)
+        ]
 
     def names(self) -> list[str]:
         """Name every configured job."""
-        return [job.name for job in self._jobs()]
+        return [job.name for job in configured_jobs(self._configuration)]
 
-    def _jobs(self) -> Iterator[_Job]:
-        return _configured(self._configuration)
-
-    def _look(self, job: _Job) -> tuple[_Running | None, Refusal | None]:
-        row = self._rows.get(job.name)
-        running = self._running(job, row)
-        return running, self._refusal(job, row, running)
-
-    def _status(self, job: _Job, running: _Running | None, refusal: Refusal | None) -> JobStatus:
-        row = self._rows.get(job.name)
-        paused = self._paused(job)
+    def _status(self, seen: Seen) -> JobStatus:
+        row, own = self._rows.get(seen.job.name), seen.own_run
+        refusal = seen.refusal(self._zone)
         return JobStatus(
-            job=job.name,
-            state="running" if running else "paused" if paused else "idle",
+            job=seen.job.name,
+            state="running" if own else "paused" if seen.paused else "idle",
             last_started_at=row.last_started_at if row else None,
             last_completed_at=row.last_completed_at if row else None,
             last_outcome=row.last_outcome if row else None,
             next_eligible_at=refusal.next_eligible_at if refusal else None,
-            estimate_seconds=self._estimate(job),
-            pid=running.pid if running else None,
-            host=running.host if running else None,
-            paused=paused,
-            enabled=job.enabled,
+            estimate_seconds=seen.estimate.seconds if seen.estimate else None,
+            estimate_runs=seen.estimate.runs if seen.estimate else None,
+            expected_end_at=own.estimated_end if own else None,
+            overdue=own is not None and own.overdue(self._now),
+            pid=own.pid if own else None,
+            host=own.host if own else None,
+            paused=seen.paused,
+            enabled=seen.job.enabled,
+            schedule=seen.job.schedule,
+            hours=seen.job.hours,
         )
 
-    def _paused(self, job: _Job) -> tuple[str, ...]:
-        top = job.name.partition("/")[0]
+    def _see(self, job: Job, *, orphans: bool = False) -> Seen:
+        row = self._rows.get(job.name)
+        # Groups and the whole batch share the accounts, so whatever runs of the batch is in the way.
+        run = self._run(job, self._rows.get(job.top) if job.batch else row)
+        live = row is not None and row.run_id is not None
+        # A run that died is closed by the next start of its host, and then never started as far as `every` goes.
+        died = live and run is None
+        return Seen(
+            job=job,
+            now=self._now,
+            run=run,
+            # The lock says that the batch runs; only the state says which groups take part.
+            counts=run is not None and not run.dead and (job.group is None or live),
+            orphans=self._left(job.top) if orphans and job.batch is not None else (),
+            paused=self._paused(job),
+            estimate=self._estimate(job) if job.batch is not None else None,
+            last_completed_at=row.last_completed_at if row else None,
+            last_started_at=(row.earlier_started_at if died else row.last_started_at) if row else None,
+        )
+
+    def _paused(self, job: Job) -> tuple[str, ...]:
         # A start of the whole batch would run each of its groups.
         below = job.batch.groups if job.batch is not None and job.group is None else ()
-        names = dict.fromkeys((top, job.name, *(f"{top}/{group}" for group in below)))
+        names = dict.fromkeys((job.top, job.name, *(f"{job.top}/{group}" for group in below)))
         return tuple(name for name in names if name in self._rows and self._rows[name].paused)
 
-    def _running(self, job: _Job, row: Any) -> _Running | None:
-        """Return what runs the job now: never taken from the state alone."""
-        path = lock_path(self._configuration.state_dir, job.lock)
-        holder = read_holder(path, self._clock, patience=0)
-        if (
-            holder is not None
-            and holder.looking is None
-            and (job.group is None or (row is not None and row.run_id is not None))
-        ):
-            return _Running(holder.pid, holder.hostname, holder.started_at)
-        if row is None or row.run_id is None:
+    def _run(self, job: Job, row: Any) -> RunSeen | None:
+        """Return what keeps the job busy now: never taken from the state alone."""
+        live = row is not None and row.run_id is not None
+        estimate = self._estimate_of_run(job, row.run_job if live else None)
+        holder = read_holder(lock_path(self._configuration.state_dir, job.lock), self._clock, patience=0)
+        if holder is not None and holder.looking is None:
+            return RunSeen(holder.pid, holder.hostname, holder.started_at, estimate, here=True)
+        if not live:
             return None
         process = ProcessIdentity(row.pid, row.pid_start_ticks, row.boot_id)
-        elsewhere = row.claimed_until > self._now and process.boot_id != boot_id()
-        if elsewhere or alive(process, hidden_counts=False):
-            return _Running(row.pid, row.hostname, row.started_at)
-        return None
+        claimed = row.claimed_until > self._now
+        run = RunSeen(row.pid, row.hostname, row.started_at, estimate, here=row.host == self._host_id)
+        if alive(process, hidden_counts=False) or (claimed and process.boot_id != boot_id()):
+            return run
+        # Another state directory of this machine: a start from here must believe the claim all the same.
+        return run.died_with_claim(row.claimed_until) if claimed and not run.here else None
 
-    def _estimate(self, job: _Job) -> float | None:
+    def _estimate_of_run(self, job: Job, run_job: str | None) -> Estimate | None:
         if job.batch is None:
             return None
-        seconds = self._store.estimate_seconds(job.name)
-        return job.batch.timeout.total_seconds() if seconds is None else seconds
+        name = run_job or job.top
+        return self._estimate(Job(name, job.batch, name.partition("/")[2] or None))
 
-    def _refusal(self, job: _Job, row: Any, running: _Running | None) -> Refusal | None:
-        if job.batch is None:
-            return None
-        estimate = timedelta(seconds=self._estimate(job) or 0)
-        completed = row.last_completed_at if row else None
-        if running is not None:
-            completed = max(running.started_at + estimate, self._now)
-        return earliest_start(
-            gap_rule(job.batch, job.group, self._zone),
-            last_completed_at=completed,
-            last_started_at=row.last_started_at if row else None,
-            estimate=estimate,
-        )
+    def _estimate(self, job: Job) -> Estimate:
+        assert job.batch is not None  # noqa: S101 - aggregations are not estimated
+        if job.name not in self._estimates:
+            self._estimates[job.name] = estimate(job.batch, job.group, self._store.past_runs(job.name))
+        return self._estimates[job.name]
 
-    def _next(self, job: _Job, after: datetime) -> NextStart:
-        running, refusal = self._look(job)
-        status = self._status(job, running, refusal)
-        # Groups and the whole batch share the accounts, so whatever runs of the batch is in the way.
-        if running is None and job.group is not None:
-            top = job.name.partition("/")[0]
-            running = self._running(job._replace(name=top, group=None), self._rows.get(top))
-        guards = tuple(self._answers(job, status, running, refusal, after))
-        lifted_by_hand = not job.enabled or bool(status.paused)
-        earliest = after if status.next_eligible_at is None else max(after, status.next_eligible_at)
-        start = None if lifted_by_hand or not job.schedule else self._first(job, earliest)
-        return NextStart(job.name, job.schedule, start, running is not None and job.batch is not None, guards)
+    @cached_property
+    def _host_id(self) -> str:
+        return this_host(self._configuration.state_dir).host_id
 
-    def _first(self, job: _Job, earliest: datetime) -> datetime | None:
-        # A cron time at the very instant counts, so the search begins just before it.
-        time: datetime | None = earliest - timedelta(microseconds=1)
-        for _ in range(MOST_CRON_TIMES):
-            time = next_time(job.schedule, time, self._zone) if time else None
-            if time is None or inside_hours(job.hours, time, self._zone):
-                return time
-        return None
-
-    def _answers(
-        self,
-        job: _Job,
-        status: JobStatus,
-        running: _Running | None,
-        refusal: Refusal | None,
-        after: datetime,
-    ) -> Iterator[GuardAnswer]:
-        if not job.enabled:
-            yield GuardAnswer("enabled", False, None, "disabled in the configuration")
-        if running is not None:
-            pid, host, since = running
-            age = elapsed(max(self._now - since, timedelta(0)))
-            yield GuardAnswer("lock", False, None, f"running: pid {pid} on {host}, since {self._shown(since)}, {age}")
-        else:
-            yield GuardAnswer("lock", True, None, "free")
-        if status.paused:
-            yield GuardAnswer("paused", False, None, f"paused: {lifted_by(status.paused)}")
-        if refusal is not None:
-            eligible = refusal.next_eligible_at
-            estimated = " (an estimate: the run in progress is taken to end after the median time)" if running else ""
-            allows = eligible <= after
-            word = "over since" if allows else "until"
-            guard = "every" if refusal.reason == "not_due" else "gap"
-            yield GuardAnswer(guard, allows, eligible, f"{word} {self._shown(eligible)}{estimated}")
-        elif job.batch is not None:
-            yield GuardAnswer("gap", True, None, "nothing ran before")
-        if job.hours:
-            inside = inside_hours(job.hours, after, self._zone)
-            first = None if inside else next_inside_hours(job.hours, after, self._zone)
-            until = f"; next at {self._shown(first)}" if first else ""
-            yield GuardAnswer("hours", inside, first, f"{'inside' if inside else 'outside'} {job.hours}{until}")
-
-    def _shown(self, instant: datetime) -> str:
-        return shown(instant, self._zone)
+    def _left(self, batch: str) -> tuple[Orphan, ...]:
+        """List what the liveness guard refuses a start for, unless that belongs to a run that lives."""
+        if batch not in self._orphans:
+            recorded = [
+                Recorded(row.run_id, ProcessIdentity(row.pid, row.pid_start_ticks, row.boot_id), row.account, row.step)
+                for row in self._store.unfinished(batch, self._host_id)
+            ]
+            found = find_orphans(self._configuration.state_dir, batch, recorded)
+            living = {orphan.run_id for orphan in found if orphan.supervisor}
+            ignored = self._configuration.batches[batch].leftovers == "ignore"
+            self._orphans[batch] = tuple(
+                orphan for orphan in found if orphan.run_id not in living and not (ignored and orphan.run_ended)
+            )
+        return self._orphans[batch]

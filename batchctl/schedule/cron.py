@@ -26,6 +26,13 @@ def next_time(expression: str, after: datetime, zone: tzinfo) -> datetime | None
     return next((time.astimezone(UTC) for time in CronSim(expression, after.astimezone(zone))), None)
 
 
+def moved(expression: str, time: datetime, zone: tzinfo) -> bool:
+    """Tell whether a cron time stands for a local time that does not exist that day, as clocks were put forward."""
+    # The same hands on a clock that is never changed.
+    hands = time.astimezone(zone).replace(tzinfo=UTC)
+    return next_time(expression, hands - timedelta(minutes=1), UTC) != hands
+
+
 def inside_hours(hours: str, now: datetime, zone: tzinfo) -> bool:
     """Tell whether an instant lies in the hours (cron's hour field, local); no hours means always."""
     return not hours or now.astimezone(zone).hour in hours_of_day(hours)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -90,6 +90,28 @@ class StoredRun:
     claimed_until: datetime
 
 
+class PastStep(NamedTuple):
+    """How long a step took in a run, its failed attempts included."""
+
+    account: str
+    step: str
+    quantity: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class PastRun:
+    """How long a run took, and its steps as far as they were recorded."""
+
+    seconds: float
+    steps: tuple[PastStep, ...] = ()
+
+    @property
+    def quantities(self) -> dict[tuple[str, str], int]:
+        """Return what each step of each account was given."""
+        return {(step.account, step.step): step.quantity for step in self.steps}
+
+
 @dataclass(frozen=True)
 class JobState:
     """What is remembered of a job at the moment of a claim, by the database's clock.
@@ -99,14 +121,14 @@ class JobState:
         last_started_at: None if it never started.
         last_completed_at: None if it never completed.
         paused: What is paused of all that would start with the job.
-        estimate_seconds: How long it is taken to run, if that is known.
+        past_runs: Its last successes, by which its next run is estimated.
     """
 
     now: datetime
     last_started_at: datetime | None
     last_completed_at: datetime | None
     paused: tuple[str, ...]
-    estimate_seconds: float | None
+    past_runs: tuple[PastRun, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -119,6 +141,7 @@ class Claim:
         live: The run that is in the way.
         refusal: What the caller's decision returned.
         crashed: Runs that were found dead and closed.
+        past_runs: The job's last successes, if the claim is ours.
         corrected: Jobs whose last start or completion lay ahead of the database's clock and was brought back to now.
     """
 
@@ -127,4 +150,5 @@ class Claim:
     live: LiveRun | None = None
     refusal: Any = None
     crashed: tuple[str, ...] = ()
+    past_runs: tuple[PastRun, ...] = ()
     corrected: tuple[str, ...] = ()

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from batchctl.state.claim import Claim, JobState, LiveRun, StoredRun
+from batchctl.state.claim import Claim, JobState, LiveRun, PastRun, PastStep, StoredRun
 from batchctl.state.database import WrongDataError
 from batchctl.state.migrate import require_schema
 
@@ -60,7 +61,8 @@ class Store:
             live = self.live(batch)
             if live is not None:
                 return replace(claim, live=live)
-            refusal = decide(self.job_state(request.job, now, jobs=request.jobs))
+            job = self.job_state(request.job, now, jobs=request.jobs)
+            refusal = decide(job)
             if refusal is not None:
                 return replace(claim, refusal=refusal)
             columns = request.columns()
@@ -76,7 +78,7 @@ class Store:
             jobs = list(request.jobs)
             session.fetch(mark, run_id=request.run_id, jobs=jobs, now=now, started_at=won[0].started_at)
             kept = {"started_at": won[0].started_at, "resumed": won[0].resumed, "claimed_until": now + request.claim}
-            return replace(claim, run={**columns, **kept, "jobs": jobs})
+            return replace(claim, run={**columns, **kept, "jobs": jobs}, past_runs=job.past_runs)
 
     def job_state(self, job: str, now: datetime, *, jobs: Iterable[str]) -> JobState:
         """Read what is remembered of a job that is about to start, and with it the jobs for which that counts."""
@@ -86,7 +88,7 @@ class Store:
             last_started_at=row.last_started_at,
             last_completed_at=row.last_completed_at,
             paused=tuple(row.paused),
-            estimate_seconds=self.estimate_seconds(job),
+            past_runs=self.past_runs(job),
         )
 
     def pause(self, job: str, *, batch: str | None) -> bool:
@@ -167,10 +169,20 @@ class Store:
             session.fetch("run.close_dead", batch=run.batch, host=run.host, reason=reason or CRASHED)
             return True
 
-    def estimate_seconds(self, job: str) -> float | None:
-        """Return the median duration of the last ten successes, None before the first."""
-        seconds: float | None = self.session.fetch_one("run.estimate", job=job).seconds
-        return seconds
+    def past_runs(self, job: str) -> tuple[PastRun, ...]:
+        """Return the last ten successes of a job that left nothing out, newest first."""
+        rows = self.session.fetch("run.past_runs", job=job)
+        return tuple(
+            PastRun(
+                seconds,
+                tuple(
+                    PastStep(row.account, row.step, row.quantity, row.step_seconds)
+                    for row in of_run
+                    if row.step is not None
+                ),
+            )
+            for (_, seconds), of_run in groupby(rows, key=lambda row: (row.run_id, row.seconds))
+        )
 
     def record_in_series(self, job: str, reason: str, detail: str) -> None:
         """Record a start that was refused; count it into the last row if that has the same reason and nothing started.

@@ -31,7 +31,7 @@ from batchctl.errors import MEANING, ConfigurationError, ExitCode
 from batchctl.guard.lock import Holder
 from batchctl.rollup.definition import read_definitions
 from batchctl.schedule import cron
-from batchctl.state.claim import JobState
+from batchctl.state.claim import JobState, PastRun
 
 pytestmark = pytest.mark.any_user
 
@@ -553,7 +553,7 @@ def test_the_skips_in_readme_are_those_that_the_program_writes():
         last_started_at=local(1, 1),
         last_completed_at=local(2, 3),
         paused=(),
-        estimate_seconds=timedelta(hours=26).total_seconds(),
+        past_runs=(PastRun(timedelta(hours=26).total_seconds()),),
     )
     early = guards._decide(state)
     assert [(held.reason, held.message), (early.reason, early.message)] == [

@@ -18,8 +18,11 @@ GROUPS = batch([("31", "true", 'group = "search"'), ("61", "true", 'group = "upl
 )
 STATUS_KEYS = {
     "job", "state", "last_started_at", "last_completed_at", "last_outcome", "next_eligible_at", "estimate_seconds",
-    "pid", "host", "paused", "enabled",
+    "estimate_runs", "expected_end_at", "overdue", "pid", "host", "paused", "enabled", "schedule", "hours",
 }  # fmt: skip
+
+
+GUARDS = ["lock", "orphans", "elsewhere", "enabled", "paused", "hours", "gap", "every"]
 
 
 def parse(instant):
@@ -89,7 +92,9 @@ def test_next_of_a_disabled_batch_is_never(batchctl):
     batchctl.configure(GROUPS.replace("schedule", "enabled = false\nschedule", 1))
     answer = batchctl.json("next", "daily")["jobs"][0]
     assert answer["next_start_at"] is None
-    assert not answer["guards"][0]["allows"]
+    refusing = {guard["guard"] for guard in answer["guards"] if not guard["allows"]}
+    assert refusing == {"enabled"}
+    assert batchctl("next", "daily").stdout.startswith("daily: no start in sight (enabled)\n")
     jobs = {job["job"]: job for job in batchctl.json("status")["jobs"]}
     assert (jobs["daily"]["enabled"], jobs["daily/upload"]["enabled"], jobs["trend/1m"]["enabled"]) == (
         False, False, True,
@@ -102,11 +107,15 @@ def test_next_names_every_when_that_refuses_longer(batchctl):
     options = 'schedule = "0 1 * * *"\nmin_gap = "1h"\nevery = "20h"'
     batchctl.configure(batch([("31", "true")], options))
     batchctl("run-batch")
-    guards = {guard["guard"]: guard["allows"] for guard in batchctl.json("next")["jobs"][0]["guards"]}
-    assert guards == {"lock": True, "every": False}
+    guards = {guard["guard"]: guard for guard in batchctl.json("next")["jobs"][0]["guards"]}
+    assert list(guards) == GUARDS, "in the order in which a start asks them"
+    assert [name for name, guard in guards.items() if not guard["allows"]] == ["gap", "every"]
+    assert parse(guards["every"]["until"]) > parse(guards["gap"]["until"])
+    due = parse(batchctl.json("next")["jobs"][0]["next_eligible_at"])
+    assert due == parse(guards["every"]["until"])
     batchctl.configure(batch([("31", "true")], options.replace("20h", "")))
     guards = {guard["guard"]: guard["allows"] for guard in batchctl.json("next")["jobs"][0]["guards"]}
-    assert guards == {"lock": True, "gap": False}, "the control"
+    assert [name for name, allows in guards.items() if not allows] == ["gap"], "the control"
 
 
 def test_next_without_any_schedule_says_so(batchctl):

@@ -81,4 +81,4 @@ def test_the_time_of_a_record_is_the_databases_whatever_the_host_thinks():
             return 107.0
 
     start = datetime(2024, 1, 1, tzinfo=UTC)
-    assert Claimed(None, {}, start, 100.0, 100.0, None).now(Host()) == start + timedelta(seconds=7)
+    assert Claimed(None, {}, start, 100.0, 100.0, None, None).now(Host()) == start + timedelta(seconds=7)

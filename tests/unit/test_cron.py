@@ -7,7 +7,7 @@ from zoneinfo import ZoneInfo
 
 import pytest
 
-from batchctl.schedule.cron import inside_hours, local_zone, next_inside_hours, next_time, problem
+from batchctl.schedule.cron import inside_hours, local_zone, moved, next_inside_hours, next_time, problem
 
 
 @pytest.mark.parametrize("expression", ["0 1 * * *", "*/5 * * * *", "1 * * * *", "0 0-6,22 * jan mon-fri", "0 1 1 * *"])
@@ -80,6 +80,24 @@ def test_hours_on_the_days_when_the_clocks_change(instant, inside):
 def test_the_first_minute_inside_the_hours_of_a_zone_off_the_hour():
     found = next_inside_hours("3", datetime(2024, 1, 1, tzinfo=UTC), ZoneInfo("Asia/Kathmandu"))
     assert found == datetime(2024, 1, 1, 21, 15, tzinfo=UTC)
+
+
+@pytest.mark.parametrize(
+    ("expression", "day", "expected"),
+    [
+        ("30 1 * * *", (2026, 3, 29), True),
+        ("0 1 * * *", (2026, 3, 29), True),
+        ("0 * * * *", (2026, 3, 29), False),
+        ("0 2 * * *", (2026, 3, 29), False),
+        ("30 1 * * *", (2026, 3, 30), False),
+        ("30 1 * * *", (2026, 10, 25), False),
+    ],
+)
+def test_a_cron_time_that_does_not_exist_is_known_as_moved(expression, day, expected):
+    london = ZoneInfo("Europe/London")
+    time = next_time(expression, datetime(*day, 0, 30, tzinfo=london), london)
+    assert time.astimezone(london).date() == datetime(*day).date()
+    assert moved(expression, time, london) is expected
 
 
 def test_the_first_minute_inside_the_hours():

@@ -8,6 +8,7 @@ from zoneinfo import ZoneInfo
 import pytest
 
 from batchctl.guard.gap import GapRule, due_after, earliest_start, refused
+from batchctl.schedule.cron import next_time
 
 HOUR = timedelta(hours=1)
 NOON = datetime(2024, 6, 1, 12, tzinfo=UTC)
@@ -54,6 +55,52 @@ def test_every_counts_from_the_start_and_the_later_rule_decides():
 )
 def test_whole_days_are_local_days(start, due):
     assert due_after(start, timedelta(days=1), ZoneInfo("Europe/Berlin")) == due
+
+
+def london(*moment, fold=0):
+    return datetime(*moment, tzinfo=ZoneInfo("Europe/London"), fold=fold).astimezone(UTC)
+
+
+@pytest.mark.parametrize(
+    ("start", "days", "due"),
+    [
+        # 2026-03-29 has no 01:00 to 01:59: cron starts what stands there at 02:00.
+        (london(2026, 3, 28, 1, 0), 1, london(2026, 3, 29, 2, 0)),
+        (london(2026, 3, 28, 1, 30), 1, london(2026, 3, 29, 2, 0)),
+        (london(2026, 3, 27, 1, 59, 59), 2, london(2026, 3, 29, 2, 0)),
+        (london(2026, 3, 28, 0, 59), 1, london(2026, 3, 29, 0, 59)),
+        (london(2026, 3, 28, 2, 0), 1, london(2026, 3, 29, 2, 0)),
+        (london(2026, 3, 29, 2, 0), 1, london(2026, 3, 30, 2, 0)),
+        # 2026-10-25 has them twice.
+        (london(2026, 10, 24, 1, 30), 1, london(2026, 10, 25, 1, 30, fold=0)),
+        (london(2026, 10, 25, 1, 30, fold=0), 1, london(2026, 10, 26, 1, 30)),
+        (london(2026, 10, 25, 1, 30, fold=1), 1, london(2026, 10, 26, 1, 30)),
+    ],
+    ids=str,
+)
+def test_a_local_time_that_does_not_exist_or_exists_twice(start, days, due):
+    assert due_after(start, timedelta(days=days), ZoneInfo("Europe/London")) == due
+
+
+def test_a_day_that_does_not_exist_at_all():
+    apia = ZoneInfo("Pacific/Apia")
+    start = datetime(2011, 12, 29, 12, tzinfo=apia)
+    assert due_after(start, timedelta(days=1), apia) == datetime(2011, 12, 31, 0, tzinfo=apia)
+
+
+def test_each_daily_cron_time_of_a_year_is_allowed_by_every_day():
+    """By the times that the cron library gives, 59 seconds early after one that was 59 seconds late."""
+    for zone in (ZoneInfo("Europe/London"), ZoneInfo("Australia/Lord_Howe")):
+        for hour in (1, 2):
+            due = datetime(2026, 1, 1, tzinfo=UTC)
+            for _ in range(365):
+                start = next_time(f"30 {hour} * * *", due, zone)
+                due = next_time(f"30 {hour} * * *", start, zone)
+                daily = rule(every=timedelta(days=1), zone=zone)
+                late = start + timedelta(seconds=59)
+                refusal = earliest_start(daily, last_completed_at=None, last_started_at=late, estimate=HOUR)
+                assert not refused(refusal, due), (zone, start, due)
+                assert refused(refusal, due - 2 * HOUR), (zone, start, due)
 
 
 def test_other_lengths_are_counted_by_the_clock():

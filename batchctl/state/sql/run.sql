@@ -75,14 +75,20 @@ RETURNING job;
 -- Which of these jobs are paused.
 SELECT job FROM {schema}.state WHERE paused AND job = ANY(%(jobs)s) ORDER BY job;
 
--- name: estimate
--- How long the job takes: the median of its last ten successes that left nothing out.
-SELECT percentile_cont(0.5) WITHIN GROUP (ORDER BY extract(epoch FROM coalesce(duration, finished_at - started_at)))
-       AS seconds
-FROM (
-    SELECT started_at, finished_at, duration FROM {schema}.run
+-- name: past_runs
+-- The last ten successes of a job that left nothing out, newest first, with a row for each of their steps: its seconds
+-- from the first attempt to the end of the last. By them the next run is estimated.
+WITH latest AS (
+    SELECT run_id, started_at,
+           extract(epoch FROM coalesce(duration, finished_at - started_at))::float8 AS seconds
+    FROM {schema}.run
     WHERE job = %(job)s AND outcome = 'success' AND whole AND resumed = 0 ORDER BY started_at DESC LIMIT 10
-) AS latest;
+)
+SELECT latest.run_id, latest.seconds, s.account, s.step, max(s.quantity) AS quantity,
+       greatest(extract(epoch FROM max(s.finished_at) - min(s.started_at)), 0)::float8 AS step_seconds
+FROM latest LEFT JOIN {schema}.step_run s ON s.run_id = latest.run_id AND s.finished_at IS NOT NULL
+GROUP BY latest.run_id, latest.started_at, latest.seconds, s.account, s.step
+ORDER BY latest.started_at DESC, latest.run_id, s.account, s.step;
 
 -- name: claim
 -- Claim the batch; no row comes back if another run is live, which the unique index decides.
@@ -272,7 +278,12 @@ SELECT %(job)s, %(reason)s, %(detail)s WHERE NOT EXISTS (SELECT FROM counted);
 -- State of all jobs with the live run that each belongs to.
 SELECT s.job, s.last_started_at, s.last_completed_at, s.last_outcome, s.paused,
        r.run_id, r.job AS run_job, r.host, r.hostname, r.pid, r.pid_start_ticks, r.boot_id, r.started_at, r.groups,
-       r.claimed_until, clock_timestamp() AS now
+       r.claimed_until, clock_timestamp() AS now,
+       -- What counts if the live run turns out to have died: see close_dead.
+       (SELECT max(e.started_at) FROM {schema}.run e
+        WHERE e.batch = r.batch AND e.outcome <> 'crashed'
+          AND (s.job = e.batch OR s.job = ANY(SELECT e.batch || '/' || name FROM unnest(e.groups) AS name))
+       ) AS earlier_started_at
 FROM {schema}.state s
 LEFT JOIN {schema}.run r ON r.run_id = s.last_run_id AND r.outcome IS NULL
 ORDER BY s.job;
