@@ -11,12 +11,13 @@ import stat
 import subprocess
 import sys
 import time
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import psycopg
 import pytest
+from cron_of_system import TOOLS, command_line, cron_daemon
 from support import CRONTAB_CONFIGURATION, CRONTAB_EXAMPLE, FACT_EVENTS, skip_or_fail
 
 from batchctl.clock import SystemClock
@@ -26,8 +27,6 @@ EXAMPLE = CRONTAB_EXAMPLE
 PROGRAM = "/opt/batchctl/.venv/bin/batchctl"
 CONFIG = "/etc/batchctl.toml"
 SENDMAIL = Path("/usr/sbin/sendmail")
-PID_FILE = Path("/run/crond.pid")
-TOOLS = "/usr/sbin:/usr/bin:/sbin:/bin"
 EVENTS = 25
 LIMIT = 150  # seconds; cron needs up to one minute, and second 5 of the one after the events
 JOBS_LIMIT = 90  # seconds for the last jobs to end
@@ -61,21 +60,6 @@ def installed_crontab() -> bytes | None:
     return None if done.returncode else done.stdout
 
 
-def command_line(pid: int | str) -> str:
-    with suppress(OSError):
-        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
-    return ""
-
-
-def cron_pid() -> int | None:
-    """The running daemon's, whoever started it; a zombie's command line is empty."""
-    with suppress(OSError, ValueError):
-        pid = int(PID_FILE.read_text())
-        if re.match(r"(\S*/)?cron\b", command_line(pid)):
-            return pid
-    return None
-
-
 def processes_naming(path: Path) -> list[str]:
     mine = str(os.getpid())
     lines = {entry.name: command_line(entry.name) for entry in Path("/proc").glob("[0-9]*") if entry.name != mine}
@@ -101,26 +85,6 @@ def crontab_of_root(text: str):
     finally:
         crontab("-r") if before is None else crontab("-", text=before)
         assert installed_crontab() == before
-
-
-@contextmanager
-def cron_daemon():
-    if cron_pid() is not None:
-        yield
-        return
-    pid_file_was_there = PID_FILE.exists()
-    subprocess.run([shutil.which("cron", path=TOOLS)], check=True, stdin=subprocess.DEVNULL)
-    pid = None
-    try:
-        assert wait_for(cron_pid, 10, 0.05), "cron does not start"
-        pid = cron_pid()
-        yield
-    finally:
-        if pid is not None:
-            os.kill(pid, signal.SIGTERM)
-            assert wait_for(lambda: cron_pid() is None, 10, 0.05), f"cron (pid {pid}) does not end"
-        if not pid_file_was_there:
-            PID_FILE.unlink(missing_ok=True)
 
 
 @contextmanager
