@@ -12,10 +12,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from cron_of_system import TOOLS, command_line, cron_daemon
-from support import CRONTAB_CONFIGURATION, FACT_EVENTS, Command, skip_or_fail, wait_for
+from cron_of_system import TOOLS, cron_daemon, crontab, crontab_of_root, processes_naming, tidy_when_terminated
+from support import CRONTAB_CONFIGURATION, FACT_EVENTS, Command, embedded_connection, skip_or_fail, wait_for
 
+from batchctl.clock import SystemClock
 from batchctl.schedule.crontab_lines import DEFAULT_PATH
+from batchctl.state.embedded import EmbeddedServer
 
 SOMEBODY = "batchctl-cron"
 FOREIGN = (
@@ -26,6 +28,14 @@ FOREIGN = (
 )
 SPOOL = Path("/var/spool/cron/crontabs")
 DENIED = Path("/etc/cron.deny")
+
+
+def spooled(user: str) -> bytes | None:
+    """Read the file itself, without Debian's three lines above; `crontab -l` does not show every byte as it is."""
+    try:
+        return (SPOOL / user).read_bytes().split(b"\n", 3)[3]
+    except FileNotFoundError:
+        return None
 
 
 class Somebody(Command):
@@ -42,11 +52,7 @@ class Somebody(Command):
 
     @property
     def lines(self) -> bytes | None:
-        """The file itself, without the three lines that Debian writes above; `crontab -l` does not show every byte."""
-        try:
-            return (SPOOL / SOMEBODY).read_bytes().split(b"\n", 3)[3]
-        except FileNotFoundError:
-            return None
+        return spooled(SOMEBODY)
 
     def has(self, text: bytes | None) -> None:
         """Give the user this crontab."""
@@ -293,71 +299,56 @@ def test_a_database_that_cron_will_not_know_is_named(anybody):
 # Under cron
 
 
-def processes_naming(path):
-    lines = {entry.name: command_line(entry.name) for entry in Path("/proc").glob("[0-9]*")}
-    return [line for line in lines.values() if f"{path}/it's" in line]
-
-
-# The database of a user lets that user in and nobody else, not even root.
-QUERY = """
-import sys
-from pathlib import Path
-import psycopg
-from batchctl.clock import SystemClock
-from batchctl.state.embedded import EmbeddedServer
-server = EmbeddedServer(Path(sys.argv[1]) / "postgresql", SystemClock())
-if sys.argv[2] == "stop":
-    server.stop()
-else:
-    server.start()
-    with psycopg.connect(**server.connection_parameters()) as connection:
-        cursor = connection.execute(sys.argv[2])
-        print(cursor.fetchone()[0] if cursor.description else "")
-"""
 ARRIVE = "INSERT INTO fact_events SELECT now() - interval '3 hours', 'view', 'item', n FROM generate_series(1, 25) n"
 
 
-def test_cron_runs_the_lines_and_the_others_keep_their_environment(somebody):
-    if shutil.which("cron", path=TOOLS) is None:
+def test_cron_runs_the_lines_and_the_others_keep_their_environment(tmp_path):
+    if os.geteuid() != 0:
+        skip_or_fail("only root may start cron and change root's crontab")
+    if shutil.which("cron", path=TOOLS) is None or shutil.which("crontab", path=TOOLS) is None:
         skip_or_fail("cron is not installed (apt-get install cron)")
-    directory, state = somebody.directory, somebody.directory / "state"
     # What means something to the shell and to cron, in a path.
-    config = directory / 'it\'s 100% "mine" & $HOME.toml'
-    text = CRONTAB_CONFIGURATION.replace('"0 1 * * *"', '"* * * * *"').replace('"echo"', '"collect"')
-    config.write_text(text)
-    tools = directory / "to ols%"
+    config = tmp_path / 'it\'s 100% "mine" & $HOME.toml'
+    config.write_text(CRONTAB_CONFIGURATION.replace('"0 1 * * *"', '"* * * * *"').replace('"echo"', '"collect"'))
+    tools = tmp_path / "to ols%"
     tools.mkdir()
-    (tools / "collect").write_text(f'#!/bin/sh\necho "$PATH" >{directory}/path\n')
+    (tools / "collect").write_text(f'#!/bin/sh\necho "$PATH" >{tmp_path}/path\n')
     (tools / "collect").chmod(0o755)
-    somebody.environment = {"PATH": f"{tools}:/usr/bin:/bin"}
-    before = f'MAILTO=""\nPATH=/bin:/usr/bin:/foreign\n* * * * * env >{directory}/above\n'.encode()
-    below = f"* * * * * env >{directory}/below\n".encode()
+    before = f'MAILTO=""\nPATH=/bin:/usr/bin:/foreign\n* * * * * env >{tmp_path}/above\n# unfinished \r'.encode()
+    below = f"* * * * * env >{tmp_path}/below\n".encode()
+    command = Command(tmp_path, None, {"PATH": f"{tools}:/usr/bin:/bin"})
 
     def query(statement):
-        identity = somebody.program[:-2]
-        arguments = (*identity, "-c", QUERY, str(state), statement)
-        return subprocess.run(arguments, check=True, capture_output=True, text=True, cwd=directory).stdout.strip()
+        with embedded_connection(tmp_path) as connection:
+            cursor = connection.execute(statement)
+            return cursor.fetchone()[0] if cursor.description else None
 
+    def batchctl(*arguments):
+        command("--config", str(config), *arguments)
+
+    server = EmbeddedServer(tmp_path / "state" / "postgresql", SystemClock())
     try:
+        server.start()
         query(FACT_EVENTS)
-        somebody("--config", str(config), "migrate")
+        batchctl("migrate")
         query(ARRIVE)
-        somebody.has(before)
-        somebody("--config", str(config), "crontab", "install", "--yes")
-        assert b"100\\% " in somebody.lines
-        somebody.has(somebody.lines + below)
-        with cron_daemon():
-            wait_for(lambda: query("SELECT coalesce(sum(events), 0) FROM agg_1m") == "25", 150, "the rollup")
-            for name in ("path", "above", "below"):
-                wait_for((directory / name).exists, 70, name)
-            somebody("--config", str(config), "crontab", "remove", "--yes")
-            assert somebody.lines == before + below
-            somebody.has(None)
-            wait_for(lambda: not processes_naming(directory), 90, "the end of cron's jobs")
+        with tidy_when_terminated(), crontab_of_root(before):
+            batchctl("crontab", "install", "--yes")
+            batchctl("crontab", "install", "--yes")
+            installed = spooled("root")
+            assert installed.startswith(before + b"\n# BEGIN batchctl ")
+            assert b"100\\% " in installed
+            crontab("-", text=installed + below)
+            with cron_daemon():
+                wait_for(lambda: query("SELECT coalesce(sum(events), 0) FROM agg_1m") == 25, 150, "the rollup")
+                for name in ("path", "above", "below"):
+                    wait_for((tmp_path / name).exists, 70, name)
+            batchctl("crontab", "remove", "--yes")
+            assert spooled("root") == before + b"\n" + below
     finally:
-        somebody.has(None)
-        query("stop")
-    assert (directory / "path").read_text() == f"{tools}:{':'.join(DEFAULT_PATH)}\n"
+        # A job that cron has just started would start the server again.
+        wait_for(lambda: not processes_naming(tmp_path / "it's"), 90, "the end of cron's jobs")
+        server.stop()
+    assert (tmp_path / "path").read_text() == f"{tools}:{':'.join(DEFAULT_PATH)}\n"
     for name in ("above", "below"):
-        seen = (directory / name).read_text().splitlines()
-        assert "PATH=/bin:/usr/bin:/foreign" in seen
+        assert "PATH=/bin:/usr/bin:/foreign" in (tmp_path / name).read_text().splitlines()

@@ -6,7 +6,6 @@ import os
 import pwd
 import re
 import shutil
-import signal
 import stat
 import subprocess
 import sys
@@ -17,7 +16,7 @@ from typing import NamedTuple
 
 import psycopg
 import pytest
-from cron_of_system import TOOLS, command_line, cron_daemon
+from cron_of_system import TOOLS, cron_daemon, crontab_of_root, processes_naming, tidy_when_terminated
 from support import CRONTAB_CONFIGURATION, CRONTAB_EXAMPLE, FACT_EVENTS, skip_or_fail
 
 from batchctl.clock import SystemClock
@@ -47,25 +46,6 @@ class Installation(NamedTuple):
             return cursor.fetchone() if cursor.description else None
 
 
-def crontab(*arguments: str, text: bytes = b"") -> subprocess.CompletedProcess[bytes]:
-    environment = {**os.environ, "PATH": TOOLS, "LC_ALL": "C"}
-    return subprocess.run(["crontab", *arguments], input=text, capture_output=True, check=False, env=environment)
-
-
-def installed_crontab() -> bytes | None:
-    """The crontab of root, None if there is none, which is not the same as an empty one."""
-    done = crontab("-l")
-    if done.returncode and b"no crontab for" not in done.stderr:
-        raise AssertionError(done)
-    return None if done.returncode else done.stdout
-
-
-def processes_naming(path: Path) -> list[str]:
-    mine = str(os.getpid())
-    lines = {entry.name: command_line(entry.name) for entry in Path("/proc").glob("[0-9]*") if entry.name != mine}
-    return [f"{pid} {line}" for pid, line in lines.items() if str(path) in line]
-
-
 def wait_for(condition, limit: float, step: float = 0.5) -> bool:
     end = time.monotonic() + limit
     while not condition():
@@ -73,18 +53,6 @@ def wait_for(condition, limit: float, step: float = 0.5) -> bool:
             return False
         time.sleep(step)
     return True
-
-
-@contextmanager
-def crontab_of_root(text: str):
-    before = installed_crontab()
-    try:
-        done = crontab("-", text=text.encode())
-        assert done.returncode == 0, done.stderr
-        yield
-    finally:
-        crontab("-r") if before is None else crontab("-", text=before)
-        assert installed_crontab() == before
 
 
 @contextmanager
@@ -110,16 +78,6 @@ def mails_of_cron(directory: Path):
     finally:
         if own:
             SENDMAIL.unlink()
-
-
-@contextmanager
-def tidy_when_terminated():
-    """Let SIGTERM unwind like Ctrl-C, so that no crontab, daemon or sendmail stays behind."""
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
 
 
 @pytest.fixture
@@ -157,7 +115,7 @@ def test_new_events_are_aggregated_within_two_minutes_and_without_a_mail(tmp_pat
         tidy_when_terminated(),
         mails_of_cron(mails) as (shell, received),
         cron_daemon(),
-        crontab_of_root(lines.replace("SHELL=/bin/sh", f"SHELL={shell}") + controls),
+        crontab_of_root((lines.replace("SHELL=/bin/sh", f"SHELL={shell}") + controls).encode()),
     ):
         installation.query(ARRIVE, EVENTS)
         began = time.monotonic()
