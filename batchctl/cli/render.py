@@ -60,6 +60,20 @@ def complain(text: str) -> None:
             sys.stderr.write(f"batchctl: {' '.join(text.split())}\n")
 
 
+def confirmed(question: str) -> bool:
+    """Ask on the terminal; anything but a yes is a no."""
+    write(f"{question} [y/N] ")
+    answer = sys.stdin.readline() if sys.stdin is not None else ""
+    if not answer.endswith("\n"):
+        line("")
+    return answer.strip().lower() in {"y", "yes"}
+
+
+def crontab_lines(text: bytes) -> None:
+    """Print lines of a crontab; a path may hold bytes that are no text, which are written as escapes."""
+    write(text.decode(errors="backslashreplace"))
+
+
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print rows under headings: as wide as the terminal, elsewhere one line for each."""
     if not on_terminal():

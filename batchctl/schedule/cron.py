@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from datetime import UTC, datetime, timedelta, tzinfo
 from itertools import takewhile
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from batchctl.config import Configuration
 
 CRON_FIELDS = 5
+DAY = 24 * 60  # minutes
+YEARS = timedelta(days=2 * 366)
 CRON_CHARACTERS = re.compile(r"^[0-9A-Za-z*,/\- ]+$")
 
 
@@ -52,6 +55,50 @@ def hours_of_day(hours: str) -> frozenset[int]:
     midnight = datetime(2024, 1, 1, tzinfo=UTC)
     times = CronSim(f"0 {hours} * * *", midnight - timedelta(minutes=1))
     return frozenset(time.hour for time in takewhile(lambda time: time.date() == midnight.date(), times))
+
+
+def in_other_zone(expression: str, zone: tzinfo, other: tzinfo, now: datetime) -> str | None:
+    """Write a cron expression of one time zone in the hours of another; None if none is right the whole year.
+
+    Args:
+        expression: A valid one.
+        zone: In which it is meant.
+        other: In which it is to be read.
+        now: From when on it has to be right, for two years of daylight saving.
+    """
+    ahead = _minutes_ahead(zone, other, now)
+    if ahead == {0}:
+        return expression
+    minute, _, *days = expression.split()
+    found = CronSim(expression, now)
+    times = {hour * 60 + minute for hour in found.hours for minute in found.minutes}
+    moved = [{(time + minutes) % DAY for time in times} for minutes in ahead]
+    if any(each != moved[0] for each in moved):
+        return None
+    if days != ["*"] * 3 and any(not 0 <= time + minutes < DAY for time in times for minutes in ahead):
+        return None
+    if moved[0] == times:
+        return expression
+    hours, minutes = sorted({time // 60 for time in moved[0]}), sorted({time % 60 for time in moved[0]})
+    if len(hours) * len(minutes) != len(times):
+        return None
+    minute = minute if set(minutes) == set(found.minutes) else ",".join(map(str, minutes))
+    return " ".join((minute, "*" if len(hours) == len(range(24)) else ",".join(map(str, hours)), *days))
+
+
+@functools.cache
+def _minutes_ahead(zone: tzinfo, other: tzinfo, now: datetime) -> set[int]:
+    """Return by how many minutes the clocks of the other zone are ahead, all values that occur."""
+    if zone == other:
+        return {0}
+    start = now.astimezone(UTC).replace(minute=0, second=0, microsecond=0)
+    hours = (start + timedelta(hours=number) for number in range(YEARS // timedelta(hours=1)))
+    zero = timedelta()
+    return {
+        ((hour.astimezone(other).utcoffset() or zero) - (hour.astimezone(zone).utcoffset() or zero))
+        // timedelta(minutes=1)
+        for hour in hours
+    }
 
 
 def problem(expression: str) -> str | None:
