@@ -42,6 +42,8 @@ class Application:
                 writer.play(1)
                 CLOCK.sleep(PAUSE_SECONDS)
         except psycopg.OperationalError:
+            pass
+        finally:
             writer.connection.close()
 
     def __enter__(self) -> Self:
