@@ -60,8 +60,10 @@ def elsewhere(own_server):
     return make_conninfo(**{**parameters, "dbname": "restored"})
 
 
-@pytest.mark.parametrize("source", [pytest.param(PLAIN, id="plain"), pytest.param(PARTITIONED, id="partitioned")])
-@pytest.mark.parametrize("busier", ["here", "elsewhere"])
+@pytest.mark.parametrize(
+    ("busier", "source"),
+    [pytest.param("here", PLAIN, id="to-new"), pytest.param("elsewhere", PARTITIONED, id="to-old")],
+)
 def test_what_was_queued_and_what_comes_after_a_restore_is_aggregated(database_url, elsewhere, busier, source):
     with closing(psycopg.connect(database_url, autocommit=True)) as here:
         create_source(here, source)
