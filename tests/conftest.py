@@ -60,6 +60,7 @@ def pytest_addoption(parser):
     """Let the long tests be longer."""
     parser.addoption("--chaos-rounds", type=int, default=30, help="rounds of the chaos test (default 30)")
     parser.addoption("--start-rounds", type=int, default=50, help="rounds of simultaneous starts (default 50)")
+    parser.addoption("--rollup-rounds", type=int, default=24, help="rounds of the rollup test (default 24)")
 
 
 def pytest_generate_tests(metafunc):

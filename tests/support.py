@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -53,6 +55,24 @@ def gone(pid):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
     except FileNotFoundError:
         return True
+
+
+def server_processes(data: Path) -> list[int]:
+    """Return the process ids of the server that has its data there: the postmaster and all it has started."""
+    here = data.stat()
+    found = []
+    for entry in Path("/proc").iterdir():
+        with suppress(OSError):
+            if entry.name.isdigit() and os.path.samestat((entry / "cwd").stat(), here):
+                found.append(int(entry.name))
+    return found
+
+
+def kill_server(data: Path) -> None:
+    """Kill a server and all its sessions at once, as a crash of the machine would."""
+    for pid in server_processes(data):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def batch(steps, options="", name="daily"):

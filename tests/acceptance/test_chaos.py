@@ -24,14 +24,15 @@ from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import groupby
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import psycopg
 from psycopg.conninfo import make_conninfo
-from support import PROGRAM, Command, gone
+from support import PROGRAM, Command, gone, kill_server
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from batchctl.state.embedded import EmbeddedServer
 
 SEED = int(os.environ.get("BATCHCTL_TEST_SEED", "0")) or random.SystemRandom().randrange(1, 10**9)
@@ -185,21 +186,9 @@ class Chaos:
         """Return the process ids of the steps that live, themselves or in a child."""
         return [int(path.suffix[1:]) for path in self.lives.iterdir() if held(path)]
 
-    def server_processes(self) -> list[int]:
-        """Return the postmaster and all it has started."""
-        here = self.data.stat()
-        found = []
-        for entry in Path("/proc").iterdir():
-            with suppress(OSError):
-                if entry.name.isdigit() and os.path.samestat((entry / "cwd").stat(), here):
-                    found.append(int(entry.name))
-        return found
-
     def kill_server(self) -> threading.Thread:
         """Kill the server; return who starts it again after a while."""
-        for pid in self.server_processes():
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        kill_server(self.data)
         pause = self.random.uniform(0, 2)
 
         def again() -> None:
