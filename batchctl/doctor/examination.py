@@ -148,9 +148,9 @@ class Examination:
     def _add(
         self,
         check: str,
-        look: Callable[Arguments, Iterable[Finding]],
-        *values: Arguments.args,
-        **more: Arguments.kwargs,
+        look: Callable[Values, Iterable[Finding]],
+        *values: Values.args,
+        **more: Values.kwargs,
     ) -> None:
         """Keep what a check finds; an error that a job would meet is a finding too."""
         try:
