@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import pwd
 import re
-import secrets
 import shutil
 import signal
 import subprocess
-from pathlib import Path
 
 import psycopg
 import pytest
@@ -53,9 +50,8 @@ def test_a_healthy_configuration(batchctl):
     batchctl("migrate")
     batchctl("aggregate")
     found = checks(batchctl)
-    assert {name: worst(found, name) for name in found if name not in MACHINE} == dict.fromkeys(
-        ("configuration", "step", "database", "clock", "journal", "rollup", "orphans", "job"), "ok"
-    )
+    well = ("configuration", "step", "database", "clock", "journal", "rollup", "orphans", "job")
+    assert {name: worst(found, name) for name in found if name not in MACHINE} == dict.fromkeys(well, "ok")
     # Plain lines, and a summary.
     done = batchctl("doctor", code=None)
     lines = done.stdout.splitlines()
@@ -182,64 +178,50 @@ def test_a_database_that_never_answers_is_given_up(own_server, tmp_path):
 
 
 @pytest.fixture
-def user(database_url):
-    """An ordinary user of one's own, with a configuration; gone after the test."""
-    del database_url
-    if os.geteuid() != 0:
-        skip_or_fail("only root may add a user")
-    name = f"bc{secrets.token_hex(4)}"
-    home = Path("/home") / name
-    subprocess.run(["useradd", "--create-home", "--home-dir", home, "--shell", "/bin/sh", name], check=True)
-    try:
-        yield pwd.getpwnam(name)
-    finally:
-        subprocess.run(["crontab", "-u", name, "-r"], check=False, capture_output=True)
-        subprocess.run(["userdel", "--remove", "--force", name], check=False, capture_output=True)
-        shutil.rmtree(home, ignore_errors=True)
-
-
-def test_the_lines_of_a_crontab(user):
+def own_crontab():
+    """The crontab of whoever runs the tests, to be replaced; as it was after the test."""
     if shutil.which("crontab") is None:
         skip_or_fail("cron is not installed (apt-get install cron)")
-    home = Path(user.pw_dir)
-    config = home / "batchctl.toml"
-    state = home / "state"
-    config.write_text(f'state_dir = "{state}"\n[database]\nurl = "{NOWHERE}"\n{DAILY}')
-    os.chown(config, user.pw_uid, user.pw_gid)
-    config.chmod(0o600)
 
-    def call(*arguments):
-        done = subprocess.run(
-            [PROGRAM, "--config", config, *arguments],
-            user=user.pw_uid,
-            group=user.pw_gid,
-            extra_groups=[],
-            cwd=home,
-            env={"PATH": "/usr/bin:/bin", "HOME": str(home)},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if "Permission denied" in done.stderr:
-            skip_or_fail("an ordinary user cannot start the program that is tested")
-        return done
+    def read():
+        done = subprocess.run(["crontab", "-l"], capture_output=True, check=False)
+        return done.stdout if done.returncode == 0 else None
+
+    def write(text):
+        subprocess.run(["crontab", "-"] if text else ["crontab", "-r"], input=text, check=bool(text))
+
+    before = read()
+    write(b"# nothing\n")
+    try:
+        yield read, write
+    finally:
+        write(before)
+        assert read() == before
+
+
+@pytest.mark.crowd
+def test_the_lines_of_a_crontab(tmp_path, own_crontab):
+    read, write = own_crontab
+    batchctl = Command(tmp_path, NOWHERE)
+    batchctl.configure(DAILY)
 
     def crontab():
-        found = json.loads(call("doctor", "--json").stdout)["checks"]
-        return [(each["state"], each["found"]) for each in found if each["check"] == "crontab"]
+        return [(each["state"], each["found"]) for each in checks(batchctl)["crontab"]]
 
-    ((state_of_none, text),) = crontab()
-    assert (state_of_none, "no line of this user's crontab names" in text) == ("warning", True)
-    installed = call("crontab", "install", "--yes")
-    assert installed.returncode == 0, installed
-    assert [each for each, _ in crontab()] == ["ok"]
-    changed = subprocess.run(["crontab", "-u", user.pw_name, "-l"], capture_output=True, text=True, check=True).stdout
-    changed = changed.replace("0 1 * * *", "0 2 * * *")
-    subprocess.run(["crontab", "-u", user.pw_name, "-"], input=changed, text=True, check=True)
-    ((state_of_changed, text),) = crontab()
-    assert (state_of_changed, "0 2 * * *" in text, "0 1 * * *" in text) == ("warning", True, True)
-    # The program that the lines name is looked at too.
-    gone = changed.replace(str(PROGRAM), "/opt/gone/bin/batchctl")
-    subprocess.run(["crontab", "-u", user.pw_name, "-"], input=gone, text=True, check=True)
-    found = json.loads(call("doctor", "--json").stdout)["checks"]
-    assert [each["state"] for each in found if "/opt/gone/bin/batchctl does not" in each["found"]] == ["error"]
+    ((state, text),) = crontab()
+    assert (state, "no line of this user's crontab names" in text) == ("warning", True)
+    batchctl("crontab", "install", "--yes")
+    assert [state for state, _ in crontab()] == ["ok"]
+    # By a relative name it is found here only, but the lines name it, so that is no matter.
+    assert worst(checks(batchctl), "configuration") != "warning"
+    installed = read()
+    write(installed.replace(b"0 1 * * *", b"0 2 * * *"))
+    ((state, text),) = crontab()
+    assert (state, "0 2 * * *" in text, "0 1 * * *" in text) == ("warning", True, True)
+    # The program that the lines name is looked at too, and the markers.
+    write(installed.replace(bytes(PROGRAM), b"/opt/gone/bin/batchctl"))
+    programs = {each["found"].split()[0]: each["state"] for each in checks(batchctl)["program"]}
+    assert programs["/opt/gone/bin/batchctl"] == "error"
+    write(installed.replace(b"# END", b"# The end"))
+    ((state, text),) = crontab()
+    assert (state, "damaged" in text) == ("error", True)
