@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import subprocess
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 NONE = b"no crontab for"
 """What crontab(1) says, with a failure's exit code, to a user who has none."""
+ESCAPES = {b"\r": b"\\r", b"\b": b"\\b"}
+"""What Debian's `crontab -l` writes for characters that would hide something from a reader."""
 
 
 class CrontabError(BatchctlError):
@@ -26,17 +29,33 @@ class CrontabError(BatchctlError):
 
 
 def read() -> bytes | None:
-    """Return the crontab, None if there is none.
+    """Return the crontab byte for byte, None if there is none.
 
     Raises:
         CrontabError: crontab(1) is missing or refuses.
     """
     done = _crontab("-l")
     if done.returncode == 0:
-        return done.stdout
+        return _exact(done.stdout)
     if NONE in done.stderr and not done.stdout:
         return None
     raise _refused(done, "cannot be read")
+
+
+def _exact(listed: bytes) -> bytes:
+    """Return what a listing stands for: written back with its escapes, it would be another crontab."""
+    if not any(escape in listed for escape in ESCAPES.values()):
+        return listed
+    # An editor is handed the very bytes.
+    done = _crontab("-e", VISUAL="cat", EDITOR="cat")
+    exact = done.stdout
+    escaped = functools.reduce(lambda text, each: text.replace(*each), ESCAPES.items(), exact)
+    if done.returncode != 0 or listed not in (exact, escaped):
+        raise CrontabError(
+            r"the crontab has \r or \b, and crontab does not tell whether as characters or as written; "
+            "with `crontab -e` take them out, carriage returns at the ends of lines perhaps, then call again"
+        )
+    return exact
 
 
 def replace(before: bytes | None, after: bytes) -> None:
@@ -81,12 +100,13 @@ def installed_state(
     return crontab.compare(read() or b"", configuration.path, lines)
 
 
-def _crontab(*arguments: str, text: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+def _crontab(*arguments: str, text: bytes = b"", **variables: str) -> subprocess.CompletedProcess[bytes]:
     program = shutil.which("crontab")
     if program is None:
         raise CrontabError("crontab is not found in PATH; install cron (Debian: apt-get install cron)")
     # Messages as they are known here, and the whole crontab or what Debian's shows of it, never a user's choice.
-    environment = {name: value for name, value in os.environ.items() if name != "CRONTAB_NOHEADER"} | {"LC_ALL": "C"}
+    environment = {name: value for name, value in os.environ.items() if name != "CRONTAB_NOHEADER"}
+    environment |= {"LC_ALL": "C", **variables}
     try:
         return subprocess.run([program, *arguments], input=text, capture_output=True, check=False, env=environment)
     except OSError as error:

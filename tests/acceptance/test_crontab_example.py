@@ -200,6 +200,20 @@ def test_every_line_names_the_program_and_the_configuration_by_their_absolute_pa
     assert all(job.stdin == "" for job in [*JOBS, ALTERNATIVE, WITH_PERCENT])
 
 
+def test_crontab_show_asks_for_the_same_jobs(tmp_path):
+    config = tmp_path / "batchctl.toml"
+    config.write_text(CRONTAB_CONFIGURATION)
+    arguments = [Path(sys.executable).with_name("batchctl"), "--config", config, "crontab", "show"]
+    shown = subprocess.run(arguments, capture_output=True, text=True, check=True, env={"PATH": "/usr/bin:/bin"}).stdout
+    shown = shown.replace(str(arguments[0]), PROGRAM).replace(str(config), CONFIG)
+    environment, jobs = parse(shown)
+    # A variable would hold for the lines of others below, so the batch's line carries its own.
+    assert environment == {}
+    path = f"/usr/bin/env PATH={EXAMPLE_ENVIRONMENT['PATH']} "
+    assert jobs[0].command.startswith(path)
+    assert [job._replace(command=job.command.removeprefix(path)) for job in jobs] == JOBS
+
+
 def test_the_line_for_etc_cron_d_is_the_batch_with_a_user():
     ((schedule, user, command),) = re.findall(
         r"^#   ((?:\S+ ){4}\S+)  (\S+)  (/.*)$", EXAMPLE.read_text(), re.MULTILINE

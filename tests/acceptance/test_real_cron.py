@@ -6,17 +6,17 @@ import os
 import pwd
 import re
 import shutil
-import signal
 import stat
 import subprocess
 import sys
 import time
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import psycopg
 import pytest
+from cron_of_system import TOOLS, cron_daemon, crontab_of_root, processes_naming, tidy_when_terminated
 from support import CRONTAB_CONFIGURATION, CRONTAB_EXAMPLE, FACT_EVENTS, skip_or_fail
 
 from batchctl.clock import SystemClock
@@ -26,8 +26,6 @@ EXAMPLE = CRONTAB_EXAMPLE
 PROGRAM = "/opt/batchctl/.venv/bin/batchctl"
 CONFIG = "/etc/batchctl.toml"
 SENDMAIL = Path("/usr/sbin/sendmail")
-PID_FILE = Path("/run/crond.pid")
-TOOLS = "/usr/sbin:/usr/bin:/sbin:/bin"
 EVENTS = 25
 LIMIT = 150  # seconds; cron needs up to one minute, and second 5 of the one after the events
 JOBS_LIMIT = 90  # seconds for the last jobs to end
@@ -48,40 +46,6 @@ class Installation(NamedTuple):
             return cursor.fetchone() if cursor.description else None
 
 
-def crontab(*arguments: str, text: bytes = b"") -> subprocess.CompletedProcess[bytes]:
-    environment = {**os.environ, "PATH": TOOLS, "LC_ALL": "C"}
-    return subprocess.run(["crontab", *arguments], input=text, capture_output=True, check=False, env=environment)
-
-
-def installed_crontab() -> bytes | None:
-    """The crontab of root, None if there is none, which is not the same as an empty one."""
-    done = crontab("-l")
-    if done.returncode and b"no crontab for" not in done.stderr:
-        raise AssertionError(done)
-    return None if done.returncode else done.stdout
-
-
-def command_line(pid: int | str) -> str:
-    with suppress(OSError):
-        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
-    return ""
-
-
-def cron_pid() -> int | None:
-    """The running daemon's, whoever started it; a zombie's command line is empty."""
-    with suppress(OSError, ValueError):
-        pid = int(PID_FILE.read_text())
-        if re.match(r"(\S*/)?cron\b", command_line(pid)):
-            return pid
-    return None
-
-
-def processes_naming(path: Path) -> list[str]:
-    mine = str(os.getpid())
-    lines = {entry.name: command_line(entry.name) for entry in Path("/proc").glob("[0-9]*") if entry.name != mine}
-    return [f"{pid} {line}" for pid, line in lines.items() if str(path) in line]
-
-
 def wait_for(condition, limit: float, step: float = 0.5) -> bool:
     end = time.monotonic() + limit
     while not condition():
@@ -89,38 +53,6 @@ def wait_for(condition, limit: float, step: float = 0.5) -> bool:
             return False
         time.sleep(step)
     return True
-
-
-@contextmanager
-def crontab_of_root(text: str):
-    before = installed_crontab()
-    try:
-        done = crontab("-", text=text.encode())
-        assert done.returncode == 0, done.stderr
-        yield
-    finally:
-        crontab("-r") if before is None else crontab("-", text=before)
-        assert installed_crontab() == before
-
-
-@contextmanager
-def cron_daemon():
-    if cron_pid() is not None:
-        yield
-        return
-    pid_file_was_there = PID_FILE.exists()
-    subprocess.run([shutil.which("cron", path=TOOLS)], check=True, stdin=subprocess.DEVNULL)
-    pid = None
-    try:
-        assert wait_for(cron_pid, 10, 0.05), "cron does not start"
-        pid = cron_pid()
-        yield
-    finally:
-        if pid is not None:
-            os.kill(pid, signal.SIGTERM)
-            assert wait_for(lambda: cron_pid() is None, 10, 0.05), f"cron (pid {pid}) does not end"
-        if not pid_file_was_there:
-            PID_FILE.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -146,16 +78,6 @@ def mails_of_cron(directory: Path):
     finally:
         if own:
             SENDMAIL.unlink()
-
-
-@contextmanager
-def tidy_when_terminated():
-    """Let SIGTERM unwind like Ctrl-C, so that no crontab, daemon or sendmail stays behind."""
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
 
 
 @pytest.fixture
@@ -193,7 +115,7 @@ def test_new_events_are_aggregated_within_two_minutes_and_without_a_mail(tmp_pat
         tidy_when_terminated(),
         mails_of_cron(mails) as (shell, received),
         cron_daemon(),
-        crontab_of_root(lines.replace("SHELL=/bin/sh", f"SHELL={shell}") + controls),
+        crontab_of_root((lines.replace("SHELL=/bin/sh", f"SHELL={shell}") + controls).encode()),
     ):
         installation.query(ARRIVE, EVENTS)
         began = time.monotonic()

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from zoneinfo import ZoneInfo
 
 import pytest
 
-from batchctl.schedule.cron import inside_hours, local_zone, next_inside_hours, next_time, problem
+from batchctl.schedule.cron import in_other_zone, inside_hours, local_zone, next_inside_hours, next_time, problem
 
 
 @pytest.mark.parametrize("expression", ["0 1 * * *", "*/5 * * * *", "1 * * * *", "0 0-6,22 * jan mon-fri", "0 1 1 * *"])
@@ -90,3 +90,50 @@ def test_the_first_minute_inside_the_hours():
 def test_the_zone_of_the_configuration_or_of_the_system():
     assert str(local_zone("Asia/Seoul")) == "Asia/Seoul"
     assert local_zone(None).utcoffset(datetime(2024, 1, 1)) is not None
+
+
+def cron_times(expression, zone, until):
+    time, found = datetime(2026, 1, 1, tzinfo=UTC), []
+    while (time := next_time(expression, time, zone)) < until:
+        found.append(time)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("expression", "zone", "other", "expected"),
+    [
+        ("0 1 * * *", "Asia/Seoul", "UTC", "0 16 * * *"),
+        ("30 23,1 * * *", "UTC", "Asia/Seoul", "30 8,10 * * *"),
+        ("*/20 0-12/6 * * *", "Asia/Seoul", "UTC", "*/20 3,15,21 * * *"),
+        ("0 1 * * *", "Asia/Kolkata", "UTC", "30 19 * * *"),
+        ("*/20 * * * *", "Asia/Kolkata", "UTC", "10,30,50 * * * *"),
+        ("*/5 * * * *", "Asia/Kolkata", "America/New_York", "*/5 * * * *"),
+        ("1 * * * *", "America/New_York", "UTC", "1 * * * *"),
+        ("0 1 * * *", "Europe/London", "Europe/Berlin", "0 2 * * *"),
+        ("0 1 * * *", "Europe/Paris", "Europe/Berlin", "0 1 * * *"),
+        ("0 12 1 * mon", "Asia/Seoul", "UTC", "0 3 1 * mon"),
+    ],
+)
+def test_a_schedule_of_one_zone_is_the_same_times_in_another(expression, zone, other, expected):
+    start, until = datetime(2026, 1, 1, tzinfo=UTC), datetime(2027, 6, 1, tzinfo=UTC)
+    assert in_other_zone(expression, ZoneInfo(zone), ZoneInfo(other), start) == expected
+    found = cron_times(expression, ZoneInfo(zone), until if "* * * *" not in expression else start.replace(month=4))
+    assert found
+    assert found == cron_times(expected, ZoneInfo(other), found[-1] + timedelta(seconds=1))
+
+
+@pytest.mark.parametrize(
+    ("expression", "zone", "other"),
+    [
+        ("0 1 * * *", "America/New_York", "UTC"),
+        ("0 1 * * *", "Asia/Seoul", "Europe/Berlin"),
+        # Europe and America change their clocks on different days.
+        ("0 1 * * *", "Europe/Berlin", "America/New_York"),
+        # In the other zone these are partly on another day, or not the same minutes in each hour.
+        ("0 1 1 * *", "Asia/Seoul", "UTC"),
+        ("0 1 * * mon", "Asia/Seoul", "UTC"),
+        ("0,45 1 * * *", "Asia/Kolkata", "UTC"),
+    ],
+)
+def test_a_schedule_that_no_line_of_another_zone_is_right_for_is_not_translated(expression, zone, other):
+    assert in_other_zone(expression, ZoneInfo(zone), ZoneInfo(other), datetime(2026, 1, 1, tzinfo=UTC)) is None
