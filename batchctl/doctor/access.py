@@ -6,7 +6,7 @@ import os
 import pwd
 import stat
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -20,8 +20,16 @@ def name_of(uid: int) -> str:
         return f"user id {uid}"
 
 
-def changeable(path: Path) -> tuple[Path, str] | None:
-    """Return what of a path somebody else than root and this user could replace or change, and who could; else None.
+class Opening(NamedTuple):
+    """Part of a path that somebody else could replace or change, who could, and what closes it."""
+
+    part: Path
+    who: str
+    closed_by: str
+
+
+def changeable(path: Path) -> Opening | None:
+    """Return what of a path somebody else than root and this user could replace or change; None if nothing.
 
     A directory with the sticky bit, such as /tmp, lets nobody replace what belongs to another.
     """
@@ -31,13 +39,13 @@ def changeable(path: Path) -> tuple[Path, str] | None:
             found = part.stat()
             mode = stat.S_IMODE(found.st_mode)
             if found.st_uid not in (0, os.geteuid()):
-                return part, f"it belongs to {name_of(found.st_uid)}"
+                return Opening(part, f"it belongs to {name_of(found.st_uid)}", f"chown {name_of(os.geteuid())} {part}")
             if stat.S_ISDIR(found.st_mode) and mode & stat.S_ISVTX:
                 continue
             if mode & stat.S_IWOTH:
-                return part, f"anybody may write there (mode {mode:04o})"
+                return Opening(part, f"anybody may write there (mode {mode:04o})", f"chmod o-w {part}")
             if mode & stat.S_IWGRP and found.st_gid not in _own_groups():
-                return part, f"its group may write there (mode {mode:04o})"
+                return Opening(part, f"its group may write there (mode {mode:04o})", f"chmod g-w {part}")
     return None
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from batchctl.doctor.finding import error, ok, raised, warning
 from batchctl.doctor.patient import CRON_PATH, own_entry
 from batchctl.errors import BatchctlError
-from batchctl.guard.identity import exists, start_ticks, started_seconds_ago
+from batchctl.guard.identity import exists, start_ticks, started_seconds_ago, stat_fields
 from batchctl.schedule import crontab
 from batchctl.schedule.crontab_lines import wanted
 from batchctl.schedule.user_crontab import read
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 DAEMONS = {"cron", "crond", "fcron", "busybox-cron", "bcron-sched", "supercronic"}
 PID_FILES = (Path("/run/crond.pid"), Path("/run/cron.pid"))
 SYSTEM = Path("/etc")
+STARTS = {"run-batch", "aggregate"}
 INSTALL = "call `batchctl crontab install`"
 
 
@@ -107,14 +108,15 @@ def check_crontab(
     yield from (each for each in elsewhere if each.state != "ok")
     for text in asked.warnings:
         yield warning("crontab", text, "see to it in the configuration, then " + INSTALL)
-    for number, line in found.elsewhere if found.state != "absent" else ():
+    by_hand = [(number, line) for number, line in found.elsewhere if STARTS & set(_words(line))]
+    for number, line in by_hand if found.state != "absent" else ():
         yield warning("crontab", f"line {number} starts the same outside the markers: {line}", "remove it (crontab -e)")
     if found.state == "current":
         yield ok("crontab", f"its lines are those of {configuration.path}")
     elif found.state == "different":
         apart = [f"missing: {line}" for line in found.missing] + [f"not asked for: {line}" for line in found.extra]
         yield warning("crontab", f"its lines are not those of {configuration.path}; {'; '.join(apart)}", INSTALL)
-    elif found.elsewhere or elsewhere:
+    elif by_hand or elsewhere:
         yield ok("crontab", f"lines written by hand name {configuration.path}; compare: batchctl crontab show")
     elif asked.lines:
         yield warning(
@@ -153,10 +155,12 @@ def _words(line: str) -> list[str]:
 
 
 def _name(pid: int) -> str | None:
+    """Name the program of a process: None if it is hidden or gone, empty if it has ended and nobody has noticed."""
     try:
-        return Path(f"/proc/{pid}/comm").read_text().strip()
+        name = Path(f"/proc/{pid}/comm").read_text().strip()
     except OSError:
         return None
+    return "" if (stat_fields(pid) or ["Z"])[0] in ("Z", "X") else name
 
 
 def _zone_changed_after(pid: int, clock: Clock) -> bool:

@@ -34,11 +34,10 @@ def check_program(program: Path) -> Iterator[Finding]:
     if others is None:
         yield ok("program", f"{program} is there, and nobody else can change it")
         return
-    part, who = others
     yield error(
         "program",
-        f"{part}, on the way to {program}: {who}, and so decides what cron runs as this user",
-        f"install batchctl below directories of root or of this user, or chmod go-w {part}",
+        f"{others.part}, on the way to {program}: {others.who}, and so decides what cron runs as this user",
+        f"{others.closed_by}, or install batchctl below directories of root or of this user",
     )
 
 
@@ -66,11 +65,10 @@ def check_configuration(
         found += ", and the crontab names it"
     others = changeable(path)
     if others is not None:
-        part, who = others
         yield error(
             "configuration",
-            f"{part}: {who}, and the commands in {path} run as this user",
-            f"chmod go-w {part}, or chown it to this user or to root",
+            f"{others.part}: {others.who}, and the commands in {path} run as this user",
+            f"{others.closed_by}, or call it as the user whose crontab it is for",
         )
     mode = stat.S_IMODE(path.stat().st_mode)
     if mode & stat.S_IROTH and PASSWORD.search(configuration.database.url or "") and _configured(environment):

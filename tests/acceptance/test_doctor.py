@@ -188,14 +188,18 @@ def own_crontab():
         return done.stdout if done.returncode == 0 else None
 
     def write(text):
-        subprocess.run(["crontab", "-"] if text else ["crontab", "-r"], input=text, check=bool(text))
+        command = ["crontab", "-r"] if text is None else ["crontab", "-"]
+        subprocess.run(command, input=text, check=text is not None, capture_output=True)
 
     before = read()
-    write(b"# nothing\n")
+    # A test that is ended from outside puts it back too.
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
+        write(None)
         yield read, write
     finally:
         write(before)
+        signal.signal(signal.SIGTERM, previous)
         assert read() == before
 
 
@@ -218,6 +222,11 @@ def test_the_lines_of_a_crontab(tmp_path, own_crontab):
     write(installed.replace(b"0 1 * * *", b"0 2 * * *"))
     ((state, text),) = crontab()
     assert (state, "0 2 * * *" in text, "0 1 * * *" in text) == ("warning", True, True)
+    # A line by hand that starts the same is named, one that starts nothing is not.
+    for command, expected in ((b"run-batch", ["warning", "ok"]), (b"status", ["ok"])):
+        line = b"0 3 * * * %s --config %s %s\n" % (bytes(PROGRAM), bytes(batchctl.config), command)
+        write(installed + line)
+        assert [state for state, _ in crontab()] == expected
     # The program that the lines name is looked at too, and the markers.
     write(installed.replace(bytes(PROGRAM), b"/opt/gone/bin/batchctl"))
     programs = {each["found"].split()[0]: each["state"] for each in checks(batchctl)["program"]}

@@ -12,7 +12,7 @@ import textwrap
 from datetime import UTC, datetime
 
 import pytest
-from support import wait_for
+from support import gone, wait_for
 
 from batchctl.clock import SystemClock
 from batchctl.doctor import cron
@@ -140,6 +140,9 @@ def test_a_cron_that_runs_is_found_by_its_name(tmp_path, monkeypatch):
                 return datetime.fromtimestamp(os.lstat("/etc/localtime").st_mtime - 1, UTC)
 
         assert states(cron.check_cron(Later(), tmp_path)) == ["warning"]
+        process.kill()
+        wait_for(lambda: gone(process.pid), what="its end")
+        assert cron.daemon() is None, "a zombie starts nothing"
     finally:
         process.kill()
         process.wait()
