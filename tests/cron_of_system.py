@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import shutil
@@ -12,6 +13,7 @@ from pathlib import Path
 
 from support import wait_for
 
+SPOOL = Path("/var/spool/cron/crontabs")
 PID_FILE = Path("/run/crond.pid")
 TOOLS = "/usr/sbin:/usr/bin:/sbin:/bin"
 
@@ -83,10 +85,16 @@ def crontab_of_root(text: bytes):
 
 
 @contextmanager
-def tidy_when_terminated():
-    """Let SIGTERM unwind like Ctrl-C, so that no crontab, daemon or sendmail stays behind."""
+def cron_to_itself():
+    """Keep other tests away from cron and from root's crontab for a block.
+
+    SIGTERM unwinds it like Ctrl-C, so that no crontab, daemon or sendmail stays behind.
+    """
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    directory = os.open(SPOOL.parent, os.O_RDONLY)
     try:
+        fcntl.flock(directory, fcntl.LOCK_EX)
         yield
     finally:
+        os.close(directory)
         signal.signal(signal.SIGTERM, previous)

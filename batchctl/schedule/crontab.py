@@ -130,7 +130,7 @@ def lines_of(text: bytes, path: Path) -> tuple[bytes, ...] | None:
 
 
 def compare(text: bytes, path: Path, lines: Sequence[bytes]) -> Installed:
-    """Compare what is installed of a configuration with what is wanted; comments and PATH=… of a line do not count.
+    """Compare what is installed of a configuration with what is wanted; comments, order and PATH do not count.
 
     The PATH of a line is left out because it is made from that of the shell which installed it, and not every shell
     that asks has the same.
@@ -139,12 +139,13 @@ def compare(text: bytes, path: Path, lines: Sequence[bytes]) -> Installed:
         DamagedMarkersError: the markers of the crontab are not in pairs.
     """
     found = lines_of(text, path)
-    has = [_essential(line) for line in found or () if _active(line)]
-    wanted = [_essential(line) for line in lines if _active(line)]
+    has = {line: _essential(line) for line in found or () if _active(line)}
+    asked = {line: _essential(line) for line in lines if _active(line)}
+    same = sorted(has.values()) == sorted(asked.values())
     return Installed(
-        state="absent" if found is None else "current" if has == wanted else "different",
-        missing=tuple(shown(line) for line in wanted if line not in has),
-        extra=tuple(shown(line) for line in has if line not in wanted),
+        state="absent" if found is None else "current" if same else "different",
+        missing=tuple(shown(line) for line, essential in asked.items() if essential not in has.values()),
+        extra=tuple(shown(line) for line, essential in has.items() if essential not in asked.values()),
         elsewhere=_elsewhere(text, path),
     )
 

@@ -6,17 +6,9 @@ import functools
 import os
 import shutil
 import subprocess
-from typing import TYPE_CHECKING
 
 from batchctl.errors import BatchctlError
 from batchctl.schedule import crontab
-from batchctl.schedule.crontab_lines import this_program, wanted
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from datetime import datetime
-
-    from batchctl.config import Configuration
 
 NONE = b"no crontab for"
 """What crontab(1) says, with a failure's exit code, to a user who has none."""
@@ -79,25 +71,6 @@ def replace(before: bytes | None, after: bytes) -> None:
             f"the crontab is not what was written: {left}; look at it with `crontab -l`, somebody else may have "
             "changed it at the same time"
         )
-
-
-def installed_state(
-    configuration: Configuration, program: Sequence[str] | None = None, *, search_path: str, now: datetime
-) -> crontab.Installed:
-    """Compare the crontab with what the configuration asks for.
-
-    Args:
-        configuration: With valid schedules.
-        program: How cron is to start batchctl; by default the one that is asked.
-        search_path: PATH as it is here.
-        now: The present.
-
-    Raises:
-        DamagedMarkersError: the markers in the crontab are not in pairs.
-        CrontabError: crontab(1) is missing or refuses.
-    """
-    lines = wanted(configuration, program or this_program(), search_path=search_path, now=now).lines
-    return crontab.compare(read() or b"", configuration.path, lines)
 
 
 def _crontab(*arguments: str, text: bytes = b"", **variables: str) -> subprocess.CompletedProcess[bytes]:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from cron_of_system import TOOLS, cron_daemon, crontab, crontab_of_root, processes_naming, tidy_when_terminated
+from cron_of_system import SPOOL, TOOLS, cron_daemon, cron_to_itself, crontab, crontab_of_root, processes_naming
 from support import CRONTAB_CONFIGURATION, FACT_EVENTS, Command, embedded_connection, skip_or_fail, wait_for
 
 from batchctl.clock import SystemClock
@@ -26,7 +26,6 @@ FOREIGN = (
     b"30 2 * * 0\t/usr/bin/true \\%  # weekly \xe9\r\n"
     b"  @reboot printf 'a\\r\\n'\n#\0\b\n"
 )
-SPOOL = Path("/var/spool/cron/crontabs")
 DENIED = Path("/etc/cron.deny")
 
 
@@ -332,7 +331,7 @@ def test_cron_runs_the_lines_and_the_others_keep_their_environment(tmp_path):
         query(FACT_EVENTS)
         batchctl("migrate")
         query(ARRIVE)
-        with tidy_when_terminated(), crontab_of_root(before):
+        with cron_to_itself(), crontab_of_root(before):
             batchctl("crontab", "install", "--yes")
             batchctl("crontab", "install", "--yes")
             installed = spooled("root")

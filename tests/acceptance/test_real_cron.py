@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import psycopg
 import pytest
-from cron_of_system import TOOLS, cron_daemon, crontab_of_root, processes_naming, tidy_when_terminated
+from cron_of_system import TOOLS, cron_daemon, cron_to_itself, crontab_of_root, processes_naming
 from support import CRONTAB_CONFIGURATION, CRONTAB_EXAMPLE, FACT_EVENTS, skip_or_fail
 
 from batchctl.clock import SystemClock
@@ -112,7 +112,7 @@ def test_new_events_are_aggregated_within_two_minutes_and_without_a_mail(tmp_pat
     controls = f"* * * * * echo hello\n* * * * * env >{seen}\n"
 
     with (
-        tidy_when_terminated(),
+        cron_to_itself(),
         mails_of_cron(mails) as (shell, received),
         cron_daemon(),
         crontab_of_root((lines.replace("SHELL=/bin/sh", f"SHELL={shell}") + controls).encode()),

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
-from hypothesis import example, given
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from batchctl.config_file import decode
@@ -15,6 +15,8 @@ from batchctl.errors import BatchctlError
 from batchctl.schedule import crontab
 from batchctl.schedule.crontab_lines import DEFAULT_PATH, this_program, wanted
 
+# How long an example takes says something about the machine only.
+patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 PATH = Path("/etc/batchctl.toml")
 OTHER = Path("/srv/it's 100% mine/batchctl.toml")
 LINES = (b"# a comment", b"0 1 * * *  /opt/batchctl --config /etc/batchctl.toml run-batch daily")
@@ -28,6 +30,7 @@ FOREIGN = st.lists(st.one_of(PIECES, st.binary(max_size=8))).map(b"".join).filte
 ANY_LINES = st.lists(FOREIGN.filter(lambda text: b"\n" not in text), max_size=3)
 
 
+@patient
 @given(FOREIGN, ANY_LINES)
 @example(b"# no newline", [])
 def test_remove_undoes_install_byte_for_byte(text, lines):
@@ -37,6 +40,7 @@ def test_remove_undoes_install_byte_for_byte(text, lines):
     assert crontab.remove(installed, PATH) == text
 
 
+@patient
 @given(FOREIGN, ANY_LINES, ANY_LINES)
 def test_installing_again_changes_nothing_and_other_lines_stay_where_they_are(text, lines, others):
     once = crontab.install(text, PATH, lines)
@@ -46,6 +50,7 @@ def test_installing_again_changes_nothing_and_other_lines_stay_where_they_are(te
     assert crontab.install(changed, PATH, lines) == once
 
 
+@patient
 @given(FOREIGN, FOREIGN)
 def test_lines_that_were_added_below_stay_below(text, below):
     installed = crontab.install(text, PATH, LINES)
@@ -57,6 +62,7 @@ def test_lines_that_were_added_below_stay_below(text, below):
     assert crontab.remove(again, PATH) == expected
 
 
+@patient
 @given(FOREIGN, st.permutations([PATH, OTHER, Path("/third")]), st.permutations([PATH, OTHER, Path("/third")]))
 def test_several_configurations_share_a_crontab_and_leave_it_in_any_order(text, coming, leaving):
     installed = text
@@ -68,6 +74,7 @@ def test_several_configurations_share_a_crontab_and_leave_it_in_any_order(text, 
     assert installed == text
 
 
+@patient
 @given(FOREIGN)
 def test_removing_what_is_not_there_changes_nothing(text):
     assert crontab.remove(text, PATH) == text
@@ -113,6 +120,7 @@ def test_damaged_markers_are_refused_with_their_lines(text, said):
 WORDS = st.text(st.characters(codec="utf-8", exclude_categories=["Cc"], exclude_characters="\\"), min_size=1)
 
 
+@patient
 @given(st.lists(WORDS, min_size=1))
 @example(['/a b/it\'s "100%"/batchctl', "$HOME", "`x`;&|<>*?~#"])
 def test_words_reach_the_program_as_they_are(words):
@@ -157,6 +165,8 @@ def test_what_is_installed_is_compared_without_comments_and_paths():
     assert changed.state == "different"
     assert (len(changed.missing), len(changed.extra)) == (1, 1)
     assert changed.missing[0].startswith("0 2 * * *")
+    # They are told as they stand there, with their PATH.
+    assert changed.extra == ((job % b"/a:/b").decode(),)
 
 
 def test_lines_outside_the_markers_that_start_the_same_are_named():
