@@ -10,7 +10,7 @@ import signal
 import subprocess
 
 import psycopg
-import pytest
+from cron_of_system import TOOLS, cron_to_itself, crontab, crontab_of_root, installed_crontab
 from support import FACT_EVENTS, NOWHERE, PROGRAM, ROLLUP, Command, batch, skip_or_fail
 
 from batchctl.doctor.finding import CHECKS
@@ -177,60 +177,42 @@ def test_a_database_that_never_answers_is_given_up(own_server, tmp_path):
     assert found["step"][0]["state"] == "ok"
 
 
-@pytest.fixture
-def own_crontab():
-    """The crontab of whoever runs the tests, to be replaced; as it was after the test."""
-    if shutil.which("crontab") is None:
+def write(text):
+    assert crontab("-", text=text).returncode == 0
+
+
+def test_the_lines_of_a_crontab(tmp_path):
+    if shutil.which("crontab", path=TOOLS) is None:
         skip_or_fail("cron is not installed (apt-get install cron)")
-
-    def read():
-        done = subprocess.run(["crontab", "-l"], capture_output=True, check=False)
-        return done.stdout if done.returncode == 0 else None
-
-    def write(text):
-        command = ["crontab", "-r"] if text is None else ["crontab", "-"]
-        subprocess.run(command, input=text, check=text is not None, capture_output=True)
-
-    before = read()
-    # A test that is ended from outside puts it back too.
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        write(None)
-        yield read, write
-    finally:
-        write(before)
-        signal.signal(signal.SIGTERM, previous)
-        assert read() == before
+    with cron_to_itself(), crontab_of_root(b"# nothing\n"):
+        look_at_crontabs(Command(tmp_path, NOWHERE))
 
 
-@pytest.mark.crowd
-def test_the_lines_of_a_crontab(tmp_path, own_crontab):
-    read, write = own_crontab
-    batchctl = Command(tmp_path, NOWHERE)
+def look_at_crontabs(batchctl):
     batchctl.configure(DAILY)
 
-    def crontab():
+    def lines():
         return [(each["state"], each["found"]) for each in checks(batchctl)["crontab"]]
 
-    ((state, text),) = crontab()
+    ((state, text),) = lines()
     assert (state, "no line of this user's crontab names" in text) == ("warning", True)
     batchctl("crontab", "install", "--yes")
-    assert [state for state, _ in crontab()] == ["ok"]
+    assert [state for state, _ in lines()] == ["ok"]
     # By a relative name it is found here only, but the lines name it, so that is no matter.
     assert worst(checks(batchctl), "configuration") != "warning"
-    installed = read()
+    installed = installed_crontab()
     write(installed.replace(b"0 1 * * *", b"0 2 * * *"))
-    ((state, text),) = crontab()
+    ((state, text),) = lines()
     assert (state, "0 2 * * *" in text, "0 1 * * *" in text) == ("warning", True, True)
     # A line by hand that starts the same is named, one that starts nothing is not.
     for command, expected in ((b"run-batch", ["warning", "ok"]), (b"status", ["ok"])):
         line = b"0 3 * * * %s --config %s %s\n" % (bytes(PROGRAM), bytes(batchctl.config), command)
         write(installed + line)
-        assert [state for state, _ in crontab()] == expected
+        assert [state for state, _ in lines()] == expected
     # The program that the lines name is looked at too, and the markers.
     write(installed.replace(bytes(PROGRAM), b"/opt/gone/bin/batchctl"))
     programs = {each["found"].split()[0]: each["state"] for each in checks(batchctl)["program"]}
     assert programs["/opt/gone/bin/batchctl"] == "error"
     write(installed.replace(b"# END", b"# The end"))
-    ((state, text),) = crontab()
+    ((state, text),) = lines()
     assert (state, "damaged" in text) == ("error", True)
