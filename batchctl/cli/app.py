@@ -161,7 +161,7 @@ def _complain(message: str) -> None:
         sys.stderr.write(f"batchctl: {line}\n")
 
 
-PRINTING = ("status", "history", "next", "crontab", "orphans", "demo")
+PRINTING = ("status", "history", "next", "crontab", "orphans", "doctor", "demo")
 """Commands that exist to print, as every --dry-run does: what they could not print they have not done."""
 COMMANDS = {
     "run-batch": "run_batch",
@@ -175,6 +175,7 @@ COMMANDS = {
     "stop": "control",
     "orphans": "recover",
     "recover": "recover",
+    "doctor": "doctor",
     "init": "admin",
     "migrate": "admin",
     "demo": "admin",

@@ -27,6 +27,8 @@ from batchctl.batch import attempt, plan
 from batchctl.batch.guards import Guards
 from batchctl.cli import app as door
 from batchctl.cli.admin import STARTER
+from batchctl.doctor.finding import CHECKS
+from batchctl.doctor.hidden import HIDING, STARTS_CONTAINER
 from batchctl.errors import MEANING, ConfigurationError, ExitCode
 from batchctl.guard.lock import Holder
 from batchctl.rollup.definition import read_definitions
@@ -471,6 +473,22 @@ def test_json_md_has_the_keys_of_what_is_left(batchctl):
     assert {frozenset(each) for each in printed["orphans"]} == {frozenset(json_keys("orphans of orphans"))}
 
 
+def test_json_md_has_the_keys_of_doctor(batchctl):
+    batchctl.configure(batch([("31", "true")]))
+    document = batchctl.json("doctor", code=None)
+    described = sections(REFERENCE / "json.md")
+    assert list(document) == keys(described["doctor"])
+    for check in document["checks"]:
+        assert list(check) == keys(described["checks of doctor"])
+
+
+def test_doctor_md_has_each_check_and_each_program_that_hides():
+    described = sections(DOCS / "how-to" / "doctor.md")
+    assert keys(described["What is checked"]) == list(CHECKS)
+    hiding = [name for row in rows(described["Steps that hide"]) for name in re.findall(r"`([a-z-]+)`", row[0])]
+    assert [name for name in hiding if name not in STARTS_CONTAINER] == list(HIDING)
+
+
 def test_json_md_has_the_keys_of_aggregate(batchctl):
     batchctl.configure(ROLLUP)
     with psycopg.connect(batchctl.url) as connection:
@@ -602,7 +620,7 @@ def test_the_tree_in_design_md_is_the_tree_of_the_package():
         stack[depth:] = [name.rstrip("/")]
         if not name.endswith("/"):
             described.add("/".join(stack))
-    plumbing = {f"batchctl/{room}/__init__.py" for room in ("cli", "batch", "rollup", "report", "demo")}
+    plumbing = {f"batchctl/{room}/__init__.py" for room in ("cli", "batch", "rollup", "report", "demo", "doctor")}
     plumbing |= {f"batchctl/{room}/__init__.py" for room in ("guard", "schedule", "state")}
     real = {
         str(path.relative_to(PROJECT))
