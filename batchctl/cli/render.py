@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from batchctl.batch.result import RunResult, StepResult
     from batchctl.batch.resume import Work
     from batchctl.report.jobs import JobStatus, NextStart
+    from batchctl.report.scenario import Scenario
+    from batchctl.report.simulation import Simulation
     from batchctl.rollup.refresh import GrainResult
 
 STEP_KEYS = (
@@ -201,6 +203,28 @@ def next_starts(starts: Sequence[NextStart], *, zone: tzinfo, json: bool) -> Non
         line(f"  schedule: {start.schedule or 'none'}")
         for answer in start.guards:
             line(f"  {answer.guard}: {answer.text}")
+
+
+def simulation(played: Simulation, scenario: Scenario, *, json: bool) -> None:
+    """Print what a schedule will do: a table and a time line, the cadence in words, and what would be better."""
+    if json:
+        # There may be very many events, which asdict would copy one by one.
+        parts = {key: [vars(each) for each in getattr(played, key)] for key in ("events", "jobs", "recommendations")}
+        document({**vars(played), **parts})
+        return
+    from batchctl.cli import schedule_view
+
+    for text in schedule_view.heading(scenario):
+        line(text)
+    table(*schedule_view.events(played, scenario.zone))
+    for text in schedule_view.notes(played):
+        line(text)
+    for text in schedule_view.time_line(played, scenario.zone):
+        line(text)
+    for text in schedule_view.in_words(played):
+        line(text)
+    if played.recommendations:
+        table(*schedule_view.advice(played))
 
 
 def orphans(found: Sequence[Left], *, zone: tzinfo, json: bool) -> None:
