@@ -1,4 +1,4 @@
-"""A simulation as people draw it: what each cron time brings, bars over days, the cadence in words."""
+"""A simulation as operators draw it: what each cron time brings, bars over days, the cadence in words."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from batchctl.report.scenario import Scenario
     from batchctl.report.simulation import Simulation
 
-MINUTE_SHOWN = "%Y-%m-%d %H:%M"
+TIME_SHOWN, SHORT_TIME_SHOWN = "%Y-%m-%d %H:%M", "%m-%d %H:%M"
 CELL = timedelta(minutes=30)
 CELLS = 48
 LONGEST_LINE = 31
@@ -54,27 +54,33 @@ def events(played: Simulation, zone: tzinfo) -> tuple[Sequence[str], Sequence[Se
     """Return headings and rows: what each cron time brings; a long series of equal skips is shown by its ends."""
     several = len(played.jobs) > 1
     first = played.events[0].scheduled_at.astimezone(zone).date() if played.events else None
+    # With a column more there is no room for years in 80.
+    form = SHORT_TIME_SHOWN if several else TIME_SHOWN
     rows: list[list[str]] = []
-    for _, same in groupby(played.events, key=lambda event: (event.job, event.action, event.reason)):
+    for event, hidden in _shown(played.events):
+        job = [event.job or ""] if several else []
+        if hidden:
+            rows.append(["", f"{hidden} more", *job, _what(event), "", ""])
+        day = (event.scheduled_at.astimezone(zone).date() - first).days + 1 if first else 0
+        scheduled, ends, eligible = (
+            "-" if instant is None else instant.astimezone(zone).strftime(form)
+            for instant in (event.scheduled_at, event.ends_at, event.next_eligible_at)
+        )
+        rows.append([str(day), scheduled + ("*" if event.note else ""), *job, _what(event), ends, eligible])
+    if several:
+        return ("day", "cron time", "job", "what happens", "finished at", "next possible"), rows
+    return ("day", "cron time", "what happens", "finished at", "next possible start"), rows
+
+
+def _shown(played: Sequence[Event]) -> Iterator[tuple[Event, int]]:
+    """Leave out the middle of long series of equal skips: each event that is shown, and how many are not before it."""
+    for _, same in groupby(played, key=lambda event: (event.job, event.action, event.reason)):
         series = list(same)
-        hidden = len(series) - 2 if series[0].action == "skip" and len(series) > LONGEST_SERIES else 0
-        for number, event in enumerate(series):
-            if hidden and number == 1:
-                rows.append(["", f"{hidden} more", *([event.job or ""] if several else []), _what(event), "", ""])
-            if not hidden or number in (0, len(series) - 1):
-                day = (event.scheduled_at.astimezone(zone).date() - first).days + 1 if first else 0
-                rows.append(
-                    [
-                        str(day),
-                        _time(event.scheduled_at, zone) + ("*" if event.note else ""),
-                        *([event.job or ""] if several else []),
-                        _what(event),
-                        _time(event.ends_at, zone),
-                        _time(event.next_eligible_at, zone),
-                    ]
-                )
-    job = ["job"] if several else []
-    return ("day", "cron time", *job, "what happens", "finished at", "next possible start"), rows
+        if series[0].action == "start" or len(series) <= LONGEST_SERIES:
+            yield from ((event, 0) for event in series)
+        else:
+            yield series[0], 0
+            yield series[-1], len(series) - 2
 
 
 def notes(played: Simulation) -> Iterator[str]:
@@ -90,29 +96,33 @@ def time_line(played: Simulation, zone: tzinfo) -> Iterator[str]:
     if not played.events:
         return
     bars = {cadence.job: BARS[number % len(BARS)] for number, cadence in enumerate(played.jobs)}
-    walls = [(event, _wall(event.scheduled_at, zone)) for event in played.events]
-    first = walls[0][1].replace(hour=0, minute=0)
-    runs = [(wall, _wall(event.ends_at, zone), event.job) for event, wall in walls if event.ends_at]
-    last = max([walls[-1][1], *(end for _, end, _ in runs)])
-    days = (last - first).days + 1
-    shown = min(days, LONGEST_LINE)
-    cells = [["."] * CELLS for _ in range(shown)]
+    runs = [
+        (_wall(event.scheduled_at, zone), _wall(event.ends_at, zone), bars[event.job])
+        for event in played.events
+        if event.ends_at
+    ]
+    skips = [_wall(event.scheduled_at, zone) for event, _ in _shown(played.events) if event.action == "skip"]
+    begin = _wall(played.events[0].scheduled_at, zone).replace(hour=0, minute=0)
+    rows: dict[int, list[str]] = {}
 
-    def draw(begin: datetime, end: datetime, letter: str) -> None:
-        for number in range(int((begin - first) / CELL), min(-int((first - end) // CELL), shown * CELLS)):
-            cells[number // CELLS][number % CELLS] = letter
+    def draw(since: datetime, until: datetime, letter: str) -> None:
+        for cell in range(int((since - begin) / CELL), -int((begin - until) // CELL)):
+            rows.setdefault(cell // CELLS, ["."] * CELLS)[cell % CELLS] = letter
 
-    for begin, end, job in runs:
-        draw(begin, end, bars[job])
-    for event, wall in walls:
-        if event.action == "skip":
-            draw(wall, wall + CELL / CELLS, "x")
+    for since, until, letter in runs:
+        draw(since, until, letter)
+    for at in skips:
+        draw(at, at + CELL / CELLS, "x")
     yield ""
     yield " " * 16 + "".join(f"{hour:02}".ljust(12) for hour in range(0, 24, 6)) + "24"
-    for number, row in enumerate(cells):
-        yield f"{first + number * timedelta(days=1):%a %Y-%m-%d}  {''.join(row)}"
-    if days > shown:
-        yield f"{days - shown} more days"
+    last = -1
+    for day in sorted(rows)[:LONGEST_LINE]:
+        if day - last > 1:
+            yield f"{day - last - 1} more days without a run"
+        yield f"{begin + day * timedelta(days=1):%a %Y-%m-%d}  {''.join(rows[day])}"
+        last = day
+    if len(rows) > LONGEST_LINE:
+        yield f"{len(rows) - LONGEST_LINE} more days with runs"
     several = [f"{bar} {job}" for job, bar in bars.items()] if len(bars) > 1 else ["# runs"]
     yield f"{', '.join(several)}, x skipped"
     yield ""
@@ -121,8 +131,7 @@ def time_line(played: Simulation, zone: tzinfo) -> Iterator[str]:
 def in_words(played: Simulation) -> Iterator[str]:
     """Say how often it runs in the end."""
     for cadence in played.jobs:
-        name = f"{cadence.job}: " if cadence.job is not None else ""
-        yield f"{name}{_cadence(cadence)}"
+        yield _cadence(cadence)
     if played.recommendations:
         yield ""
         yield "Better, each played in the same way:"
@@ -137,12 +146,12 @@ def advice(played: Simulation) -> tuple[Sequence[str], Sequence[Sequence[str]]]:
 
 
 def _cadence(cadence: Cadence) -> str:
-    found, scheduled = cadence.cadence_seconds, cadence.scheduled_seconds
+    job, found, scheduled = cadence.job or "It", cadence.cadence_seconds, cadence.scheduled_seconds
     if found is None:
-        return "In the end it starts less than twice: there is no cadence."
+        return f"{job} does not start twice: there is no cadence."
     if scheduled is None or found == scheduled:
-        return f"In the end it starts every {_spoken(found)}, at each cron time."
-    text = f"In the end it starts every {_spoken(found)}, not every {_spoken(scheduled)} as scheduled"
+        return f"{job} starts every {_spoken(found)}, at each cron time."
+    text = f"{job} starts every {_spoken(found)} in the long run, not every {_spoken(scheduled)} as scheduled"
     if cadence.shortest_seconds != cadence.longest_seconds:
         shortest, longest = (_duration(each or 0) for each in (cadence.shortest_seconds, cadence.longest_seconds))
         text += f"; the distances are {shortest} to {longest}"
@@ -152,7 +161,8 @@ def _cadence(cadence: Cadence) -> str:
 def _spoken(seconds: float) -> str:
     """Name a distance, in days too where it is whole days."""
     days = seconds / DAY
-    return f"{_duration(seconds)} ({days:g} days)" if days > 1 and seconds % DAY == 0 else _duration(seconds)
+    shown = _duration(seconds)
+    return f"{shown} ({days:g} days)" if days > 1 and seconds % DAY == 0 and "d" not in shown else shown
 
 
 def _duration(seconds: float) -> str:
@@ -163,10 +173,6 @@ def _what(event: Event) -> str:
     if event.action == "start":
         return "starts, is cut" if event.outcome == "timeout" else "starts"
     return f"skipped: {event.reason}"
-
-
-def _time(instant: datetime | None, zone: tzinfo) -> str:
-    return "-" if instant is None else instant.astimezone(zone).strftime(MINUTE_SHOWN)
 
 
 def _wall(instant: datetime, zone: tzinfo) -> datetime:

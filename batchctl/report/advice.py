@@ -48,6 +48,8 @@ class _Proposal:
     scenario: Scenario
     regular: bool = False
     """Good for even distances, not for more starts."""
+    job: str | None = None
+    """The job that it is about, if not all."""
 
 
 def recommend(scenario: Scenario, measured: tuple[Cadence, ...], begin: datetime) -> tuple[Recommendation, ...]:
@@ -58,22 +60,31 @@ def recommend(scenario: Scenario, measured: tuple[Cadence, ...], begin: datetime
         measured: What came of it.
         begin: As it was played.
     """
-    found = overall(measured, scenario.name)
-    if found is not None and all(each.cadence_seconds == each.scheduled_seconds for each in measured):
+    if all(each.cadence_seconds is not None and each.cadence_seconds == each.scheduled_seconds for each in measured):
         return ()
     best: dict[str, Recommendation] = {}
     for proposal in _proposals(scenario, measured, begin):
         tried = proposal.scenario.cadences(begin)
-        cadence = overall(tried, scenario.name if proposal.scenario.batch.schedule else "")
-        if cadence is None:
-            continue
+        cadence = overall(tried, proposal.job or (scenario.name if proposal.scenario.batch.schedule else ""))
         even = proposal.regular and all(each.shortest_seconds == each.longest_seconds for each in tried)
-        if not even and found is not None and cadence >= found:
+        if cadence is None or not (even or _better(tried, measured)):
             continue
         known = best.get(proposal.kind)
         if known is None or cadence < known.cadence_seconds:
             best[proposal.kind] = Recommendation(proposal.kind, proposal.text, cadence)
     return tuple(sorted(best.values(), key=lambda each: each.cadence_seconds))
+
+
+def _better(tried: tuple[Cadence, ...], measured: tuple[Cadence, ...]) -> bool:
+    """Tell whether something starts more often and nothing less often; a batch that is split, as its slower part."""
+
+    def distances(cadences: tuple[Cadence, ...]) -> list[float]:
+        return [math.inf if each.cadence_seconds is None else each.cadence_seconds for each in cadences]
+
+    after, before = distances(tried), distances(measured)
+    if len(after) != len(before):
+        return max(after) < max(before)
+    return after != before and all(new <= old for new, old in zip(after, before, strict=True))
 
 
 def _proposals(scenario: Scenario, measured: tuple[Cadence, ...], begin: datetime) -> Iterator[_Proposal]:
@@ -140,14 +151,15 @@ def _another_hour(scenario: Scenario, measured: tuple[Cadence, ...]) -> Iterator
         if not hour.isdigit():
             continue
         group = None if job.name == scenario.name else (job.name or "").rpartition("/")[2]
-        for other in range(24):
+        # The nearest hour first, which is as good as any other that gives the same.
+        for other in sorted(range(24), key=lambda other: min((other - int(hour)) % 24, (int(hour) - other) % 24)):
             line = " ".join((minute, str(other), *days))
             if group is None:
                 changed = _with(scenario, schedule=line)
             else:
                 groups = {**batch.group, group: msgspec.structs.replace(batch.group[group], schedule=line)}
                 changed = _with(scenario, group=groups)
-            yield _Proposal("schedule", f'schedule = "{line}" for {job.name or "it"}', changed)
+            yield _Proposal("schedule", f'schedule = "{line}" for {job.name or "it"}', changed, job=job.name)
 
 
 def _split(scenario: Scenario) -> Iterator[_Proposal]:

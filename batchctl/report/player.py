@@ -117,6 +117,7 @@ class Player:
         self._busy_until: datetime | None = None
         self._started: dict[str | None, datetime] = {}
         self._completed: dict[str | None, datetime] = {}
+        self._opens: dict[str, datetime] = {}
         self._turns = {job.name: 0 for job in jobs}
         self._successes = {job.name: job.known[-ESTIMATED_FROM:] for job in jobs}
 
@@ -126,7 +127,7 @@ class Player:
         if self._busy_until is not None and now < self._busy_until:
             return self._event(job, time, "running", self._eligible(job))
         if not inside_hours(job.hours, now, self._zone):
-            return self._event(job, time, "outside_hours", next_inside_hours(job.hours, now, self._zone))
+            return self._event(job, time, "outside_hours", self._opening(job.hours, now))
         refusal = self._refusal(job)
         if refusal is not None and refused(refusal, now):
             return self._event(job, time, refusal.reason, refusal.next_eligible_at)
@@ -134,6 +135,10 @@ class Player:
         return replace(
             self._event(job, time, None, self._eligible(job)), action="start", ends_at=ends_at, outcome=outcome
         )
+
+    def settled(self, jobs: Sequence[Job]) -> datetime | None:
+        """Return from when on no earlier run refuses anything any more; None if there was none."""
+        return max((until for job in jobs if (until := self._eligible(job)) is not None), default=None)
 
     def state(self, job: Job, now: datetime) -> tuple[Any, ...]:
         """Return all of the past that decides about the future of a job, instants as distances from now."""
@@ -156,6 +161,12 @@ class Player:
             latest = (*self._successes[job.name], length.duration.total_seconds())
             self._successes[job.name] = latest[-ESTIMATED_FROM:]
         return ends_at, "timeout" if cut else "success" if length.success else "partial"
+
+    def _opening(self, hours: str, now: datetime) -> datetime:
+        # The same for every cron time until then.
+        if hours not in self._opens or self._opens[hours] <= now:
+            self._opens[hours] = next_inside_hours(hours, now, self._zone)
+        return self._opens[hours]
 
     def _refusal(self, job: Job) -> Refusal | None:
         successes = self._successes[job.name]
@@ -209,25 +220,27 @@ def cadences(jobs: Sequence[Job], timeout: timedelta, begin: datetime) -> tuple[
     seen: dict[tuple[Any, ...], datetime] = {}
     starts: dict[str | None, list[datetime]] = {job.name: [] for job in jobs}
     times: dict[str | None, list[datetime]] = {job.name: [] for job in jobs}
-    since = until = begin
+    settled = begin
     streams = [(CronTime(at) for at in repeating_times(job.schedule, begin)) for job in jobs]
     merged = takewhile(lambda each: each[0].at < begin + LONGEST, _merged(jobs, streams))
     for time, _, job in islice(merged, MOST_TIMES):
-        until = time.at
+        now = time.at
+        if now > settled + 2 * length:
+            # Nothing forbids a start but the hours, and no cron time is inside them.
+            break
         event = player.meet(job, time)
         if event.action == "start":
-            state = ((until - EPOCH) % length, job.name, *(player.state(each, until) for each in jobs))
-            if state in seen:
-                since = seen[state]
-                break
-            seen[state] = until
-            starts[job.name].append(until)
-        times[job.name].append(until)
-    else:
-        return tuple(_measured(job, _second_half(starts[job.name]), _second_half(times[job.name])) for job in jobs)
-    return tuple(
-        _measured(job, _closed(starts[job.name], since, until), _closed(times[job.name], since, until)) for job in jobs
-    )
+            state = ((now - EPOCH) % length, job.name, *(player.state(each, now) for each in jobs))
+            if since := seen.get(state):
+                return tuple(
+                    _measured(job, _closed(starts[job.name], since, now), _closed(times[job.name], since, now))
+                    for job in jobs
+                )
+            seen[state] = now
+            settled = player.settled(jobs) or now
+            starts[job.name].append(now)
+        times[job.name].append(now)
+    return tuple(_measured(job, _second_half(starts[job.name]), _second_half(times[job.name])) for job in jobs)
 
 
 def _closed(instants: Sequence[datetime], since: datetime, until: datetime) -> list[datetime]:
