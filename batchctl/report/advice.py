@@ -146,7 +146,9 @@ def _another_hour(scenario: Scenario, measured: tuple[Cadence, ...]) -> Iterator
     # A daily line alone does the same at any hour.
     if len(measured) == 1 and not any(job.hours for job in scenario.jobs()):
         return
-    for job in scenario.jobs():
+    rare = {each.job: -math.inf if each.cadence_seconds is None else -each.cadence_seconds for each in measured}
+    # What runs least often is moved first.
+    for job in sorted(scenario.jobs(), key=lambda job: rare[job.name]):
         minute, hour, *days = job.schedule.split()
         if not hour.isdigit():
             continue

@@ -304,7 +304,7 @@ def test_the_last_real_durations_are_played(batchctl):
         ("daily", "gap", None), ("daily/upload", None, "2024-01-02T14:30:00Z"),
     ]  # fmt: skip
     # Of a split, each group takes what its steps took.
-    options = 'schedule = "0 1 * * *"\ngap_factor = 0.5'
+    options = 'schedule = "0 1 * * *"\ngap_factor = 0.6'
     batchctl.configure(batch([("31", "true", 'group = "search"'), ("61", "true", 'group = "upload"')], options))
     with psycopg.connect(batchctl.url) as connection:
         connection.execute("UPDATE batchctl.run SET duration = '16 hours'")
