@@ -161,7 +161,7 @@ def _complain(message: str) -> None:
         sys.stderr.write(f"batchctl: {line}\n")
 
 
-PRINTING = ("status", "history", "next", "crontab", "orphans", "doctor", "demo")
+PRINTING = ("status", "history", "next", "simulate", "crontab", "orphans", "doctor", "demo")
 """Commands that exist to print, as every --dry-run does: what they could not print they have not done."""
 COMMANDS = {
     "run-batch": "run_batch",
@@ -169,6 +169,7 @@ COMMANDS = {
     "status": "inspect",
     "history": "inspect",
     "next": "schedule",
+    "simulate": "simulate",
     "crontab": "crontab",
     "pause": "control",
     "unpause": "control",

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from batchctl.batch.resume import Work
     from batchctl.doctor.finding import Finding
     from batchctl.report.jobs import JobStatus
+    from batchctl.report.scenario import Scenario
+    from batchctl.report.simulation import Simulation
     from batchctl.report.start import NextStart
     from batchctl.rollup.refresh import GrainResult
 
@@ -241,6 +243,28 @@ def _when(start: NextStart, zone: tzinfo) -> str:
     if start.schedule:
         return "no start in sight (schedule and hours never meet)"
     return f"no schedule; may start from {shown(start.next_eligible_at, zone)} on{estimated}"
+
+
+def simulation(played: Simulation, scenario: Scenario, *, json: bool) -> None:
+    """Print what a schedule will do: a table and a time line, the cadence in words, and what would be better."""
+    if json:
+        # There may be very many events, which asdict would copy one by one.
+        parts = {key: [vars(each) for each in getattr(played, key)] for key in ("events", "jobs", "recommendations")}
+        document({**vars(played), **parts})
+        return
+    from batchctl.cli import schedule_view
+
+    for text in schedule_view.heading(scenario):
+        line(text)
+    table(*schedule_view.events(played, scenario.zone))
+    for text in schedule_view.notes(played):
+        line(text)
+    for text in schedule_view.time_line(played, scenario.zone):
+        line(text)
+    for text in schedule_view.in_words(played):
+        line(text)
+    if played.recommendations:
+        table(*schedule_view.advice(played))
 
 
 def orphans(found: Sequence[Left], *, zone: tzinfo, json: bool) -> None:

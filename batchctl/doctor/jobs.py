@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +16,7 @@ from batchctl.schedule.estimate import estimate
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
-    from datetime import datetime, tzinfo
+    from datetime import datetime, timedelta, tzinfo
 
     from batchctl.clock import Clock
     from batchctl.config import Configuration

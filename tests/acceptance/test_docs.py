@@ -463,6 +463,29 @@ def test_json_md_has_the_keys_of_the_commands_that_show(batchctl):
     assert {frozenset(guard) for guard in guards} == {frozenset(json_keys("guards"))}
 
 
+def test_json_md_has_the_keys_of_simulate(batchctl):
+    batchctl.configure(batch([("31", "true")], 'schedule = "0 1 * * *"'))
+    printed = batchctl.json("simulate", "--duration", "26h")
+    assert set(printed) == json_keys("simulate")
+    headings = {"events": "events", "jobs": "jobs of simulate", "recommendations": "recommendations"}
+    for inner, heading in headings.items():
+        assert {frozenset(each) for each in printed[inner]} == {frozenset(json_keys(heading))}, inner
+
+
+def test_the_simulation_that_is_shown_is_what_the_program_writes(tmp_path):
+    """README's sentence and the picture in schedules.md."""
+    page = DOCS / "explanation" / "schedules.md"
+    called, drawn = [block for block in blocks(page) if block.language in ("console", "text")]
+    (arguments,) = command_lines(called)
+    done = subprocess.run(
+        [Path(sys.executable).with_name("batchctl"), *arguments, "--timezone", "UTC"],
+        cwd=tmp_path, capture_output=True, text=True, check=True, env={"PATH": "/usr/bin:/bin"},
+    )  # fmt: skip
+    assert drawn.text in done.stdout
+    (sentence,) = re.findall(r'"(It starts [^"]+)"', README.read_text())
+    assert sentence in done.stdout.splitlines()
+
+
 def test_json_md_has_the_keys_of_what_is_left(batchctl):
     batchctl.configure(batch([("31", "sleep 300 & echo $! >agent")], 'min_gap = "0s"\ngrace = "1s"'))
     batchctl("run-batch")

@@ -115,7 +115,8 @@ def test_a_rebuild_of_an_instant_is_that_of_its_local_day(events):
     definition = define(zone.key)
     migrate(events, [definition], CLOCK)
     events.connection.execute(
-        "INSERT INTO fact_events SELECT timestamptz '2025-11-01Z' + i * interval '1 hour' FROM generate_series(0, 95) AS i"
+        "INSERT INTO fact_events "
+        "SELECT timestamptz '2025-11-01Z' + i * interval '1 hour' FROM generate_series(0, 95) AS i"
     )
     aggregate(events, definition)
     events.connection.execute("UPDATE agg_1d SET events = 0")

@@ -423,6 +423,10 @@ JOIN pg_class AS class ON class.oid = tree.oid
 JOIN pg_namespace AS namespace ON namespace.oid = class.relnamespace
 ORDER BY tree.oid <> %(oid)s::oid, namespace.nspname, class.relname
 
+-- name: known_zone
+-- Whether the server has a time zone of that name.
+SELECT EXISTS (SELECT FROM pg_timezone_names WHERE name = %(zone)s) AS known
+
 -- name: parse_name
 -- A name split as PostgreSQL reads it: unquoted parts in small letters.
 SELECT parse_ident(%(text)s) AS parts
