@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from batchctl.errors import BatchctlError, ConfigurationError, DatabaseUnavailableError
 from batchctl.guard.pause import lifted_by
 from batchctl.rollup import queue
 from batchctl.rollup.backlog import FIRST_BUCKETS, MOST_BUCKETS, Alone, Chunks, Crew, Pace
-from batchctl.rollup.chunk import since
+from batchctl.rollup.chunk import Attempt, since
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from batchctl.clock import Clock
     from batchctl.rollup.chunk import Chunk
     from batchctl.rollup.definition import Definition
+    from batchctl.rollup.queue import Look
     from batchctl.rollup.work import Work
     from batchctl.state.database import Session
 
@@ -58,6 +59,8 @@ class _Progress:
     outcome: Outcome
     reason: str | None
     chunks: tuple[Chunk, ...]
+    remaining: int | None = None
+    """Closed buckets that are left, if the end has been recorded already."""
 
 
 ELSEWHERE = _Progress("skipped", "running_elsewhere", ())
@@ -91,7 +94,7 @@ class _Call:
     """One call for one grain, under way."""
 
     work: Work
-    seen: Any
+    look: Look
     deadline: float
     limits: Limits
     clock: Clock
@@ -117,19 +120,19 @@ def tick(  # noqa: PLR0917 - the first five are what every tick has
     """
     begun = clock.monotonic()
     deadline = begun + definition.budget_seconds if limits.deadline is None else limits.deadline
-    seen, work = queue.look(session, definition, definition.grain(grain))
-    if seen.paused:
-        message = f"{grain} aggregation is paused: {lifted_by(seen.paused)}. Skipped."
+    look, work = queue.look(session, definition, definition.grain(grain))
+    if look.paused:
+        message = f"{grain} aggregation is paused: {lifted_by(look.paused)}. Skipped."
         log.warning(message)
         return GrainResult(definition.name, grain, "skipped", "paused", detail=message)
-    if not seen.known:
+    if not look.known:
         work.run("add_state")
-    if seen.history_queued and not seen.dirty:
-        log.debug(NOTHING, seen.newest)
-        work.run("nothing", started=seen.started, until=seen.until, seen=seen.seen)
+    if look.history_queued and not look.dirty:
+        log.debug(NOTHING, look.newest)
+        work.run("nothing", started=look.started, until=look.until, seen=look.seen, here=look.here)
         return GrainResult(definition.name, grain, "empty", duration_seconds=since(begun, clock))
     try:
-        done = _catch_up(_Call(work, seen, deadline, limits, clock, log))
+        done = _catch_up(_Call(work, look, deadline, limits, clock, log))
     except ConfigurationError:
         work.run("end_unheld", outcome="failed")
         raise
@@ -138,10 +141,12 @@ def tick(  # noqa: PLR0917 - the first five are what every tick has
         detail = f"{grain} aggregation is running elsewhere. Skipped."
         log.info(detail)
         remaining = queue.waiting(work)
+    elif done.remaining is not None:
+        remaining = done.remaining
     else:
         if done.outcome == "empty":
-            log.debug(NOTHING, seen.newest)
-        remaining = queue.settle(work, done.outcome, seen.until if done.outcome != "failed" else None)
+            log.debug(NOTHING, look.newest)
+        remaining = queue.settle(work, done.outcome, look.until if done.outcome != "failed" else None)
     return GrainResult(
         definition.name,
         grain,
@@ -173,8 +178,8 @@ def rebuild(session: Session, definition: Definition, grain: str, start: datetim
     Raises:
         ConfigurationError: the rollup is not migrated, or has changed since.
     """
-    seen, work = queue.look(session, definition, definition.grain(grain))
-    return 0 if seen.paused else queue.queue_range(work, start, end)
+    look, work = queue.look(session, definition, definition.grain(grain))
+    return 0 if look.paused else queue.queue_range(work, start, end)
 
 
 def waiting(session: Session, definition: Definition, grain: str) -> int:
@@ -192,10 +197,10 @@ def _catch_up(call: _Call) -> _Progress:
     done: list[Chunk] = []
     faults: list[Chunk] = []
     try:
-        if not call.seen.history_queued:
+        if not call.look.history_queued:
             queue.queue_history(work)
-        if not queue.sort_in(work, call.seen.started):
-            return ELSEWHERE
+        if at_once := _at_once(call):
+            return at_once
         with _crew(call) as crew:
             for chunk in Chunks(work, crew, Pace(limits.most_buckets), call.clock, call.deadline):
                 if chunk is None:
@@ -212,6 +217,39 @@ def _catch_up(call: _Call) -> _Progress:
     if progress.outcome == "failed":
         call.log.error("%s aggregation failed: %s", work.grain.name, progress.reason)
     return progress
+
+
+def _at_once(call: _Call) -> _Progress | None:
+    """Sort the notes in; and if they are all there is and little, do the whole tick in the same transaction.
+
+    Returns:
+        What the tick came to, None if more is waiting than that or if it has to be done bucket by bucket.
+    """
+    work = call.work
+    attempt = None
+    try:
+        with work.session.transaction():
+            held = work.hold()
+            if held is None:
+                return ELSEWHERE
+            span = queue.sort_in(work, held, call.look)
+            if span is None or span.buckets > min(FIRST_BUCKETS, call.limits.most_buckets):
+                return None
+            attempt = Attempt(work, span, call.clock, call.log)
+            attempt.compute()
+            remaining = queue.settle_held(work, "success", call.look.until)
+    except BatchctlError as error:
+        if attempt is None:
+            raise
+        attempt.failed(error)
+    else:
+        return _Progress("success", None, (attempt.succeeded(),), remaining)
+    with work.session.transaction():
+        held = work.hold()
+        if held is None:
+            return ELSEWHERE
+        queue.sort_in(work, held, call.look)
+    return None
 
 
 def _crew(call: _Call) -> AbstractContextManager[Crew]:
