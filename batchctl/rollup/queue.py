@@ -24,6 +24,14 @@ UNLIMITED = "0"
 """How long a statement may take that reads a source as far as it goes."""
 
 
+class Late(NamedTuple):
+    """Buckets of which the source holds rows but may have lost others: how many, and the first and last as shown."""
+
+    buckets: int = 0
+    first: str = ""
+    last: str = ""
+
+
 class Range(NamedTuple):
     """Closed buckets in the queue: the first and the last, as seconds since 1970, and how many there are."""
 
@@ -77,12 +85,21 @@ def queue_history(work: Work) -> None:
 
 def _is_dense(work: Work) -> bool:
     """Tell whether jumping from bucket to bucket is quicker than reading every row."""
-    source = work.session.fetch_one("rollup.find_table", table=compose.quoted(*work.places.source).as_string())
-    columns = work.session.fetch("rollup.table_columns", oid=source.oid)
-    if not any(column.indexed for column in columns if column.name == work.definition.time):
+    oid = _source_oid(work)
+    if not _is_indexed(work, oid):
         return False
-    size = work.compute("history_size", seconds=work.grain.seconds, oid=source.oid)[0]
+    size = work.compute("history_size", seconds=work.grain.seconds, oid=oid)[0]
     return bool(size.rows > ROWS_FOR_A_JUMP * size.tables * size.buckets)
+
+
+def _source_oid(work: Work) -> int:
+    oid: int = work.session.fetch_one("rollup.find_table", table=compose.quoted(*work.places.source).as_string()).oid
+    return oid
+
+
+def _is_indexed(work: Work, oid: int) -> bool:
+    columns = work.session.fetch("rollup.table_columns", oid=oid)
+    return any(column.indexed for column in columns if column.name == work.definition.time)
 
 
 def queue_range(work: Work, start: datetime, end: datetime) -> int:
@@ -98,6 +115,7 @@ def queue_range(work: Work, start: datetime, end: datetime) -> int:
         time=time,
         bucket=compose.bucket_of(work.session, work.grain, time),
         target=work.target,
+        floor=compose.floor(work.definition, work.grain),
     )
     with work.session.transaction():
         work.steady(UNLIMITED)
@@ -106,8 +124,11 @@ def queue_range(work: Work, start: datetime, end: datetime) -> int:
     return buckets
 
 
-def sort_in(work: Work, started: float) -> bool:
-    """Turn the notes that were not seen before into entries of the queue; False if the job is held elsewhere.
+def sort_in(work: Work, started: float) -> Late | None:
+    """Turn the notes that were not seen before into entries of the queue; None if the job is held elsewhere.
+
+    Notes of buckets below the rollup's `source_retention` are dropped. Those of which the source still holds rows, so
+    that something other than a purge changed them, are counted and returned.
 
     Args:
         work: The grain.
@@ -115,11 +136,21 @@ def sort_in(work: Work, started: float) -> bool:
     """
     with work.session.transaction():
         if not work.hold():
-            return False
+            return None
         # In this order for the reason given in refresh_chunk.
-        if work.run("sort_in", started=started)[0].marked:
+        sorted_in = work.run("sort_in", started=started)[0]
+        if sorted_in.marked:
             work.compute("queue_target")
-    return True
+        return _count_late(work, sorted_in.too_old) if sorted_in.too_old else Late()
+
+
+def _count_late(work: Work, too_old: list[int]) -> Late:
+    work.steady(UNLIMITED)
+    how = "late_by_index" if _is_indexed(work, _source_oid(work)) else "late_by_scan"
+    late = Late(*work.compute(how, buckets=too_old)[0])
+    if late.buckets:
+        work.run("count_ignored", buckets=late.buckets)
+    return late
 
 
 def pick(work: Work, limit: int, below: int | None) -> Range | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from batchctl.errors import BatchctlError, ConfigurationError, DatabaseUnavailableError
@@ -47,6 +47,8 @@ class GrainResult:
     remaining_buckets: int = 0
     """Closed and still queued."""
     duration_seconds: float = 0.0
+    ignored_buckets: int = 0
+    """Changed in the source and not recomputed, because they are older than `source_retention`."""
     detail: str | None = None
     """Of a skip: the reason in words."""
 
@@ -58,6 +60,7 @@ class _Progress:
     outcome: Outcome
     reason: str | None
     chunks: tuple[Chunk, ...]
+    ignored: int = 0
 
 
 ELSEWHERE = _Progress("skipped", "running_elsewhere", ())
@@ -153,11 +156,14 @@ def tick(  # noqa: PLR0917 - the first five are what every tick has
         rows_deleted=sum(chunk.rows_deleted for chunk in done.chunks),
         remaining_buckets=remaining,
         duration_seconds=since(begun, clock),
+        ignored_buckets=done.ignored,
         detail=detail,
     )
 
 
-def rebuild(session: Session, definition: Definition, grain: str, start: datetime, end: datetime) -> int:
+def rebuild(  # noqa: PLR0917 - the first five are what every rebuild has
+    session: Session, definition: Definition, grain: str, start: datetime, end: datetime, log: Logger | None = None
+) -> int:
     """Queue every bucket of a grain that overlaps [start, end) and exists in its table or in what that is built from.
 
     Args:
@@ -166,6 +172,7 @@ def rebuild(session: Session, definition: Definition, grain: str, start: datetim
         grain: Name of the grain.
         start: Aware; the bucket that holds it is the first.
         end: Aware; the bucket that holds the instant before it is the last.
+        log: Takes the line that says what is left out, because its source rows may be gone.
 
     Returns:
         The number of buckets queued, none if the job is paused; the next tick computes those that are closed.
@@ -174,7 +181,14 @@ def rebuild(session: Session, definition: Definition, grain: str, start: datetim
         ConfigurationError: the rollup is not migrated, or has changed since.
     """
     seen, work = queue.look(session, definition, definition.grain(grain))
-    return 0 if seen.paused else queue.queue_range(work, start, end)
+    if seen.paused:
+        return 0
+    if log and start.timestamp() < seen.floor:
+        log.warning(
+            "%s: source_retention keeps buckets before %s as they are, also where --rebuild asks for them",
+            *(grain, seen.floor_shown),
+        )
+    return queue.queue_range(work, start, end)
 
 
 def waiting(session: Session, definition: Definition, grain: str) -> int:
@@ -191,11 +205,15 @@ def _catch_up(call: _Call) -> _Progress:
     work, limits = call.work, call.limits
     done: list[Chunk] = []
     faults: list[Chunk] = []
+    late = queue.Late()
     try:
         if not call.seen.history_queued:
             queue.queue_history(work)
-        if not queue.sort_in(work, call.seen.started):
+        found = queue.sort_in(work, call.seen.started)
+        if found is None:
             return ELSEWHERE
+        late = found
+        _log_late(call, late)
         with _crew(call) as crew:
             for chunk in Chunks(work, crew, Pace(limits.most_buckets), call.clock, call.deadline):
                 if chunk is None:
@@ -211,7 +229,15 @@ def _catch_up(call: _Call) -> _Progress:
         progress = _sum_up(done, faults)
     if progress.outcome == "failed":
         call.log.error("%s aggregation failed: %s", work.grain.name, progress.reason)
-    return progress
+    return replace(progress, ignored=late.buckets)
+
+
+def _log_late(call: _Call, late: queue.Late) -> None:
+    if late.buckets:
+        call.log.warning(
+            "%s: %d buckets older than source_retention changed and are not recomputed: %s .. %s",
+            *(call.work.grain.name, late.buckets, late.first, late.last),
+        )
 
 
 def _crew(call: _Call) -> AbstractContextManager[Crew]:
