@@ -24,6 +24,14 @@ UNLIMITED = "0"
 """How long a statement may take that reads a source as far as it goes."""
 
 
+class Late(NamedTuple):
+    """Buckets of which the source holds rows but may have lost others: how many, and the first and last as shown."""
+
+    buckets: int = 0
+    first: str = ""
+    last: str = ""
+
+
 class Range(NamedTuple):
     """Closed buckets in the queue: the first and the last, as seconds since 1970, and how many there are."""
 
@@ -33,9 +41,9 @@ class Range(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """Which notes a tick has seen before: those of transactions before `floor` that are not `late`."""
+    """Which notes a tick has seen before: those of transactions before `unseen_from` that are not `late`."""
 
-    floor: int
+    unseen_from: int
     """The first transaction that had not ended and was not in progress either."""
     late: tuple[int, ...]
     """Those before it that were in progress."""
@@ -52,17 +60,26 @@ class Seen(NamedTuple):
         """
         if remembered.notes_seen is None or remembered.notes_seen_in != look.here:
             return NOTHING_SEEN
-        _, floor, late = remembered.notes_seen.split(":")
-        if int(floor) > int(look.next):
+        _, unseen_from, late = remembered.notes_seen.split(":")
+        if int(unseen_from) > int(look.next):
             return NOTHING_SEEN
-        return cls(int(floor), tuple(map(int, late.split(","))) if late else ())
+        return cls(int(unseen_from), tuple(map(int, late.split(","))) if late else ())
 
     def parameters(self) -> dict[str, Any]:
         """Return the values as the statements take them."""
-        return {"floor": str(self.floor), "late": list(map(str, self.late))}
+        return {"unseen_from": str(self.unseen_from), "late": list(map(str, self.late))}
 
 
 NOTHING_SEEN = Seen(0, ())
+
+
+class Sorted(NamedTuple):
+    """What became of notes."""
+
+    waiting: Range | None
+    """All closed buckets that wait, None if that is not known without looking."""
+    late: Late
+    """Changes of buckets that are never computed anew."""
 
 
 class Look(NamedTuple):
@@ -86,6 +103,9 @@ class Look(NamedTuple):
     """How far it looks, as seconds since 1970."""
     newest: str
     """The newest closed bucket, as it is shown."""
+    floor: float
+    """No bucket before it is computed anew, as seconds since 1970."""
+    floor_shown: str
 
 
 def look(session: Session, definition: Definition, grain: Grain) -> tuple[Look, Work]:
@@ -98,6 +118,7 @@ def look(session: Session, definition: Definition, grain: Grain) -> tuple[Look, 
     statement = session.statement(
         "rollup.look",
         open=open_bucket,
+        floor=compose.floor(definition, grain),
         until=compose.aggregated_until(session, definition, grain),
         newest=compose.bucket_of(session, grain, sql.SQL("{} - interval '1 microsecond'").format(open_bucket)),
     )
@@ -145,6 +166,8 @@ def _look(work: Work, row: Any) -> Look:
         next=row.next,
         until=row.until,
         newest=row.newest,
+        floor=row.floor,
+        floor_shown=row.floor_shown,
     )
 
 
@@ -159,12 +182,21 @@ def queue_history(work: Work) -> None:
 
 def _is_dense(work: Work) -> bool:
     """Tell whether jumping from bucket to bucket is quicker than reading every row."""
-    source = work.session.fetch_one("rollup.find_table", table=compose.quoted(*work.places.source).as_string())
-    columns = work.session.fetch("rollup.table_columns", oid=source.oid)
-    if not any(column.indexed for column in columns if column.name == work.definition.time):
+    oid = _source_oid(work)
+    if not _is_indexed(work, oid):
         return False
-    size = work.compute("history_size", seconds=work.grain.seconds, oid=source.oid)[0]
+    size = work.compute("history_size", seconds=work.grain.seconds, oid=oid)[0]
     return bool(size.rows > ROWS_FOR_A_JUMP * size.tables * size.buckets)
+
+
+def _source_oid(work: Work) -> int:
+    oid: int = work.session.fetch_one("rollup.find_table", table=compose.quoted(*work.places.source).as_string()).oid
+    return oid
+
+
+def _is_indexed(work: Work, oid: int) -> bool:
+    columns = work.session.fetch("rollup.table_columns", oid=oid)
+    return any(column.indexed for column in columns if column.name == work.definition.time)
 
 
 def queue_range(work: Work, start: datetime, end: datetime) -> int:
@@ -180,6 +212,7 @@ def queue_range(work: Work, start: datetime, end: datetime) -> int:
         time=time,
         bucket=compose.bucket_of(work.session, work.grain, time),
         target=work.target,
+        floor=compose.floor(work.definition, work.grain),
     )
     with work.session.transaction():
         work.steady(UNLIMITED)
@@ -188,8 +221,11 @@ def queue_range(work: Work, start: datetime, end: datetime) -> int:
     return buckets
 
 
-def sort_in(work: Work, held: Any, look: Look) -> Range | None:
+def sort_in(work: Work, held: Any, look: Look) -> Sorted:
     """Turn the notes that were not seen before into entries of the queue, in the transaction that holds the job.
+
+    Notes of buckets below the rollup's `source_retention` are dropped. Those of which the source still holds rows, so
+    that something other than a purge changed them, are counted.
 
     Args:
         work: The grain.
@@ -197,16 +233,26 @@ def sort_in(work: Work, held: Any, look: Look) -> Range | None:
         look: What the tick saw.
 
     Returns:
-        All closed buckets that wait, None if that is not known without looking.
+        What waits, as far as that is known without looking, and what was too late.
     """
     seen = Seen.read(held, look)
     found = work.run("sort_in", started=look.started, here=look.here, **seen.parameters())[0]
     # In this order for the reason given in refresh_chunk.
     if found.marked:
         work.compute("queue_target")
+    late = _count_late(work, found.too_old) if found.too_old else Late()
     if found.marked or held.queued or not found.closed:
-        return None
-    return Range(found.low, found.high, found.closed)
+        return Sorted(None, late)
+    return Sorted(Range(found.low, found.high, found.closed), late)
+
+
+def _count_late(work: Work, too_old: list[int]) -> Late:
+    work.steady(UNLIMITED)
+    how = "late_by_index" if _is_indexed(work, _source_oid(work)) else "late_by_scan"
+    late = Late(*work.compute(how, buckets=too_old)[0])
+    if late.buckets:
+        work.run("count_ignored", buckets=late.buckets)
+    return late
 
 
 def pick(work: Work, limit: int, below: int | None) -> Range | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from batchctl.errors import BatchctlError, ConfigurationError, DatabaseUnavailableError
@@ -48,6 +48,8 @@ class GrainResult:
     remaining_buckets: int = 0
     """Closed and still queued."""
     duration_seconds: float = 0.0
+    ignored_buckets: int = 0
+    """Changed in the source and not recomputed, because they are older than `source_retention`."""
     detail: str | None = None
     """Of a skip: the reason in words."""
 
@@ -61,6 +63,7 @@ class _Progress:
     chunks: tuple[Chunk, ...]
     remaining: int | None = None
     """Closed buckets that are left, if the end has been recorded already."""
+    ignored: int = 0
 
 
 ELSEWHERE = _Progress("skipped", "running_elsewhere", ())
@@ -158,11 +161,14 @@ def tick(  # noqa: PLR0917 - the first five are what every tick has
         rows_deleted=sum(chunk.rows_deleted for chunk in done.chunks),
         remaining_buckets=remaining,
         duration_seconds=since(begun, clock),
+        ignored_buckets=done.ignored,
         detail=detail,
     )
 
 
-def rebuild(session: Session, definition: Definition, grain: str, start: datetime, end: datetime) -> int:
+def rebuild(  # noqa: PLR0917 - the first five are what every rebuild has
+    session: Session, definition: Definition, grain: str, start: datetime, end: datetime, log: Logger | None = None
+) -> int:
     """Queue every bucket of a grain that overlaps [start, end) and exists in its table or in what that is built from.
 
     Args:
@@ -171,6 +177,7 @@ def rebuild(session: Session, definition: Definition, grain: str, start: datetim
         grain: Name of the grain.
         start: Aware; the bucket that holds it is the first.
         end: Aware; the bucket that holds the instant before it is the last.
+        log: Takes the line that says what is left out, because its source rows may be gone.
 
     Returns:
         The number of buckets queued, none if the job is paused; the next tick computes those that are closed.
@@ -179,7 +186,14 @@ def rebuild(session: Session, definition: Definition, grain: str, start: datetim
         ConfigurationError: the rollup is not migrated, or has changed since.
     """
     look, work = queue.look(session, definition, definition.grain(grain))
-    return 0 if look.paused else queue.queue_range(work, start, end)
+    if look.paused:
+        return 0
+    if log and start.timestamp() < look.floor:
+        log.warning(
+            "%s: source_retention keeps buckets before %s as they are, also where --rebuild asks for them",
+            *(grain, look.floor_shown),
+        )
+    return queue.queue_range(work, start, end)
 
 
 def waiting(session: Session, definition: Definition, grain: str) -> int:
@@ -196,11 +210,14 @@ def _catch_up(call: _Call) -> _Progress:
     work, limits = call.work, call.limits
     done: list[Chunk] = []
     faults: list[Chunk] = []
+    late = queue.Late()
     try:
         if not call.look.history_queued:
             queue.queue_history(work)
-        if at_once := _at_once(call):
-            return at_once
+        sorted_in = _at_once(call)
+        if isinstance(sorted_in, _Progress):
+            return sorted_in
+        late = sorted_in
         with _crew(call) as crew:
             for chunk in Chunks(work, crew, Pace(limits.most_buckets), call.clock, call.deadline):
                 if chunk is None:
@@ -216,14 +233,22 @@ def _catch_up(call: _Call) -> _Progress:
         progress = _sum_up(done, faults)
     if progress.outcome == "failed":
         call.log.error("%s aggregation failed: %s", work.grain.name, progress.reason)
-    return progress
+    return replace(progress, ignored=late.buckets)
 
 
-def _at_once(call: _Call) -> _Progress | None:
+def _log_late(call: _Call, late: queue.Late) -> None:
+    if late.buckets:
+        call.log.warning(
+            "%s: %d buckets older than source_retention changed and are not recomputed: %s .. %s",
+            *(call.work.grain.name, late.buckets, late.first, late.last),
+        )
+
+
+def _at_once(call: _Call) -> _Progress | queue.Late:
     """Sort the notes in; and if they are all there is and little, do the whole tick in the same transaction.
 
     Returns:
-        What the tick came to, None if more is waiting than that or if it has to be done bucket by bucket.
+        What the tick came to, or what was too late if more is waiting or it has to be done bucket by bucket.
     """
     work = call.work
     attempt = None
@@ -232,24 +257,25 @@ def _at_once(call: _Call) -> _Progress | None:
             held = work.hold()
             if held is None:
                 return ELSEWHERE
-            span = queue.sort_in(work, held, call.look)
-            if span is None or span.buckets > min(FIRST_BUCKETS, call.limits.most_buckets):
-                return None
-            attempt = Attempt(work, span, call.clock, call.log)
-            attempt.compute()
-            remaining = queue.settle_held(work, "success", call.look.until)
+            found = queue.sort_in(work, held, call.look)
+            if found.waiting and found.waiting.buckets <= min(FIRST_BUCKETS, call.limits.most_buckets):
+                attempt = Attempt(work, found.waiting, call.clock, call.log)
+                attempt.compute()
+                remaining = queue.settle_held(work, "success", call.look.until)
     except BatchctlError as error:
         if attempt is None:
             raise
         attempt.failed(error)
-    else:
-        return _Progress("success", None, (attempt.succeeded(),), remaining)
-    with work.session.transaction():
-        held = work.hold()
-        if held is None:
-            return ELSEWHERE
-        queue.sort_in(work, held, call.look)
-    return None
+        with work.session.transaction():
+            held = work.hold()
+            if held is None:
+                return ELSEWHERE
+            found = queue.sort_in(work, held, call.look)
+        attempt = None
+    _log_late(call, found.late)
+    if attempt is None:
+        return found.late
+    return _Progress("success", None, (attempt.succeeded(),), remaining, found.late.buckets)
 
 
 def _crew(call: _Call) -> AbstractContextManager[Crew]:

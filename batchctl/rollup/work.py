@@ -57,6 +57,7 @@ class Work:
             time=time,
             bucket=compose.bucket_of(self.session, self.grain, time),
             next=compose.next_bucket(self.session, self.grain, compose.quoted("bucket")),
+            where=compose.condition(self.definition),
         )
         return self.session.run(statement, {**self.parameters, **values})
 
@@ -93,4 +94,5 @@ def pieces(session: Session, definition: Definition, grain: Grain) -> dict[str, 
     return {
         "settings": session.statement("rollup.settings"),
         "open": compose.open_bucket(session, definition, grain),
+        "floor": compose.floor(definition, grain),
     }

@@ -111,7 +111,7 @@ def test_what_commits_after_it_was_overtaken_is_seen_and_what_was_seen_is_not_lo
         ).fetchone()
         seen = queue.Seen.read(row, look)
         assert len(seen.late) == 1
-        assert seen.floor > seen.late[0]
+        assert seen.unseen_from > seen.late[0]
         slow.commit()
     assert tick(session, DEFINITION, "1m", CLOCK, LOG).buckets == 1
     assert tick(session, DEFINITION, "1m", CLOCK, LOG).outcome == "empty"

@@ -20,6 +20,8 @@ SELECT
         || (SELECT oid FROM pg_database WHERE datname = current_database())::text AS here,
     pg_snapshot_xmax(pg_current_snapshot())::text AS next,
     extract(epoch FROM {until})::float8 AS until,
+    extract(epoch FROM {floor})::float8 AS floor,
+    to_char({floor} AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI:SS') AS floor_shown,
     to_char({newest} AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI:SS') AS newest
 FROM {schema}.rollup AS registered
 LEFT JOIN {schema}.state AS state ON state.job = %(job)s
@@ -30,11 +32,11 @@ WHERE registered.rollup = %(rollup)s
 SELECT
     EXISTS (
         SELECT FROM {schema}.dirty_bucket
-        WHERE rollup = %(rollup)s AND grain = %(grain)s AND xid >= %(floor)s::xid8
+        WHERE rollup = %(rollup)s AND grain = %(grain)s AND xid >= %(unseen_from)s::xid8
     ) AS noted,
     EXISTS (
         SELECT FROM {schema}.dirty_bucket
-        WHERE rollup = %(rollup)s AND grain = %(grain)s AND xid >= %(floor)s::xid8 AND bucket < {open}
+        WHERE rollup = %(rollup)s AND grain = %(grain)s AND xid >= %(unseen_from)s::xid8 AND bucket < {open}
     ) AS closed,
     pg_current_snapshot()::text AS snapshot
 
@@ -144,14 +146,14 @@ JOIN pg_class AS class ON class.oid = tree.oid
 INSERT INTO {schema}.dirty_bucket (rollup, grain, bucket)
 SELECT DISTINCT %(rollup)s, %(grain)s, {bucket}
 FROM {source}
-WHERE isfinite({time})
+WHERE isfinite({time}) AND {time} >= {floor} AND {bucket} >= {floor}
 
 -- name: queue_dense_history
 -- The same by jumping from bucket to bucket in an index on the time.
 WITH RECURSIVE found AS (
     (
         SELECT {bucket} AS bucket FROM {source}
-        WHERE {time} > '-infinity' AND {time} < 'infinity' ORDER BY {time} LIMIT 1
+        WHERE {time} > '-infinity' AND {time} >= {floor} AND {time} < 'infinity' ORDER BY {time} LIMIT 1
     )
     UNION ALL
     SELECT (
@@ -161,13 +163,13 @@ WITH RECURSIVE found AS (
     WHERE found.bucket IS NOT NULL
 )
 INSERT INTO {schema}.dirty_bucket (rollup, grain, bucket)
-SELECT %(rollup)s, %(grain)s, bucket FROM found WHERE bucket IS NOT NULL
+SELECT %(rollup)s, %(grain)s, bucket FROM found WHERE bucket >= {floor}
 
 -- name: queue_target
 -- Every bucket of the table, for a mark that stands for all of them.
 WITH queued AS (
     INSERT INTO {schema}.queued_bucket (rollup, grain, bucket)
-    SELECT DISTINCT %(rollup)s, %(grain)s, bucket FROM {target}
+    SELECT DISTINCT %(rollup)s, %(grain)s, bucket FROM {target} WHERE bucket >= {floor}
     ON CONFLICT DO NOTHING
     RETURNING bucket
 )
@@ -183,35 +185,42 @@ WITH span AS MATERIALIZED (
     INSERT INTO {schema}.dirty_bucket (rollup, grain, bucket)
     SELECT %(rollup)s, %(grain)s, {bucket}
     FROM {source}
-    WHERE {time} >= (SELECT low FROM span) AND {time} < (SELECT high FROM span)
+    WHERE {time} >= (SELECT low FROM span) AND {time} < (SELECT high FROM span) AND {bucket} >= {floor}
     UNION
     SELECT %(rollup)s, %(grain)s, bucket FROM {target}
-    WHERE bucket >= (SELECT low FROM span) AND bucket < (SELECT high FROM span)
+    WHERE bucket >= (SELECT low FROM span) AND bucket < (SELECT high FROM span) AND bucket >= {floor}
     RETURNING bucket
 )
 SELECT count(*) AS buckets FROM queued
 
 -- name: sort_in
 -- The unseen notes become entries of the queue, one for each bucket, and are seen. All of this is one statement, so the
--- notes that it takes are those that its snapshot shows.
+-- notes that it takes are those that its snapshot shows. Buckets whose source rows may be gone never come into the queue,
+-- and leave it if they waited too long.
 WITH taken AS (
     DELETE FROM {schema}.dirty_bucket
     WHERE rollup = %(rollup)s AND grain = %(grain)s
-        AND (xid >= %(floor)s::xid8 OR xid = ANY (%(late)s::xid8[]))
+        AND (xid >= %(unseen_from)s::xid8 OR xid = ANY (%(late)s::xid8[]))
+    RETURNING bucket
+), expired AS (
+    DELETE FROM {schema}.queued_bucket
+    WHERE rollup = %(rollup)s AND grain = %(grain)s
+        AND bucket >= (SELECT queued_from FROM {schema}.state WHERE job = %(job)s) AND bucket < {floor}
     RETURNING bucket
 ), dirty AS MATERIALIZED (
     SELECT DISTINCT bucket FROM taken
+), wanted AS MATERIALIZED (
+    SELECT bucket FROM dirty WHERE bucket > '-infinity' AND bucket >= {floor}
 ), queued AS (
     INSERT INTO {schema}.queued_bucket (rollup, grain, bucket)
-    SELECT %(rollup)s, %(grain)s, bucket FROM dirty WHERE bucket > '-infinity'
+    SELECT %(rollup)s, %(grain)s, bucket FROM wanted
     ON CONFLICT DO NOTHING
 ), found AS MATERIALIZED (
     SELECT
-        count(*) FILTER (WHERE bucket = '-infinity') > 0 AS marked,
-        min(bucket) FILTER (WHERE bucket > '-infinity') AS first,
+        min(bucket) AS first,
         max(bucket) FILTER (WHERE bucket < {open}) AS last_closed,
-        count(*) FILTER (WHERE bucket > '-infinity' AND bucket < {open}) AS closed
-    FROM dirty
+        count(*) FILTER (WHERE bucket < {open}) AS closed
+    FROM wanted
 )
 UPDATE {schema}.state AS state
 SET last_started_at = to_timestamp(%(started)s),
@@ -221,9 +230,45 @@ SET last_started_at = to_timestamp(%(started)s),
 FROM found
 WHERE state.job = %(job)s
 RETURNING
-    found.marked, found.closed,
+    EXISTS (SELECT FROM dirty WHERE bucket = '-infinity') AS marked,
+    found.closed,
     CASE WHEN found.closed > 0 THEN extract(epoch FROM found.first)::bigint END AS low,
-    CASE WHEN found.closed > 0 THEN extract(epoch FROM found.last_closed)::bigint END AS high
+    CASE WHEN found.closed > 0 THEN extract(epoch FROM found.last_closed)::bigint END AS high,
+    ARRAY(
+        SELECT extract(epoch FROM bucket)::bigint FROM dirty WHERE bucket > '-infinity' AND bucket < {floor}
+        UNION
+        SELECT extract(epoch FROM bucket)::bigint FROM expired
+    ) AS too_old
+
+-- name: late_by_index
+-- Which buckets the source still holds rows of: the others were purged. One range of an index for each.
+SELECT
+    count(*) AS buckets,
+    to_char(min(batchctl_low) AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI:SS') AS first,
+    to_char(max(batchctl_low) AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI:SS') AS last
+FROM (
+    SELECT bucket AS batchctl_low, {next} AS batchctl_high
+    FROM (SELECT to_timestamp(second) AS bucket FROM unnest(%(buckets)s::bigint[]) AS second) AS listed
+) AS batchctl_range
+WHERE EXISTS (
+    SELECT FROM {source}
+    WHERE {time} >= batchctl_range.batchctl_low AND {time} < batchctl_range.batchctl_high{where}
+)
+
+-- name: late_by_scan
+-- The same where no index helps, by reading the source once.
+SELECT
+    count(*) AS buckets,
+    to_char(min(bucket) AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI:SS') AS first,
+    to_char(max(bucket) AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI:SS') AS last
+FROM (
+    SELECT DISTINCT {bucket} AS bucket FROM {source}
+    WHERE isfinite({time}) AND {time} < {floor}
+        AND {bucket} IN (SELECT to_timestamp(second) FROM unnest(%(buckets)s::bigint[]) AS second){where}
+) AS held
+
+-- name: count_ignored
+UPDATE {schema}.state SET ignored_buckets = ignored_buckets + %(buckets)s WHERE job = %(job)s
 
 -- name: pick
 -- The newest closed buckets in the queue.
@@ -234,17 +279,18 @@ FROM (
     SELECT bucket FROM {schema}.queued_bucket
     WHERE rollup = %(rollup)s AND grain = %(grain)s
         AND bucket >= (SELECT queued_from FROM {schema}.state WHERE job = %(job)s)
-        AND bucket < least({open}, coalesce(to_timestamp(%(below)s::float8), 'infinity'))
+        AND bucket >= {floor} AND bucket < least({open}, coalesce(to_timestamp(%(below)s::float8), 'infinity'))
     ORDER BY bucket DESC
     LIMIT %(limit)s
 ) AS newest
 
 -- name: take
--- The buckets of a range, out of the queue, and whether the table holds anything there.
+-- The buckets of a range, out of the queue, and whether the table holds anything there. What became too old since it was
+-- picked stays for the next tick to sort out.
 WITH taken AS (
     DELETE FROM {schema}.queued_bucket
     WHERE rollup = %(rollup)s AND grain = %(grain)s
-        AND bucket >= to_timestamp(%(low)s) AND bucket <= to_timestamp(%(high)s)
+        AND bucket >= to_timestamp(%(low)s) AND bucket <= to_timestamp(%(high)s) AND bucket >= {floor}
     RETURNING bucket
 )
 SELECT
