@@ -150,6 +150,9 @@ def tick(  # noqa: PLR0917 - the first five are what every tick has
         if done.outcome == "empty":
             log.debug(NOTHING, look.newest)
         remaining = queue.settle(work, done.outcome, look.until if done.outcome != "failed" else None)
+        if done.outcome == "failed":
+            # What could not even be sorted in waits too.
+            remaining = queue.waiting(work)
     return GrainResult(
         definition.name,
         grain,
