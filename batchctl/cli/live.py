@@ -29,7 +29,7 @@ OUTCOME_ROOM = 22
 STYLES = {"success": "green", "failed": "red", "timeout": "red", "stopped": "yellow", "not_run": "dim"}
 
 
-class _Live(Live):
+class HarmlessLive(Live):
     """Goes on in silence when the terminal goes away, also in the thread that refreshes it."""
 
     def start(self, refresh: bool = False) -> None:
@@ -65,7 +65,7 @@ class LiveRun:
             self._began.setdefault(key, self._clock.monotonic())
             self._spinners.setdefault(key, Spinner("dots"))
         if self._live is None:
-            self._live = _Live(get_renderable=self._draw, console=self._console, refresh_per_second=4)
+            self._live = HarmlessLive(get_renderable=self._draw, console=self._console, refresh_per_second=4)
             self._live.start()
 
     def close(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from batchctl.errors import BatchctlError, ConfigurationError, DatabaseUnavailableError
 from batchctl.guard.pause import lifted_by
@@ -54,6 +54,16 @@ class GrainResult:
     """Of a skip: the reason in words."""
 
 
+class Advance(NamedTuple):
+    """How far the backlog of a grain is: the closed buckets that waited at first, buckets done, rows read for them."""
+
+    rollup: str
+    grain: str
+    waiting: int
+    buckets: int
+    source_rows: int
+
+
 @dataclass(frozen=True)
 class _Progress:
     """What the chunks of one call came to."""
@@ -79,14 +89,14 @@ class Limits:
         most_buckets: Buckets of one transaction at most; how many it really takes depends on their rows.
         jobs: How many chunks at a time.
         connect: Opens a session for each further one of them.
-        progress: Is told the buckets of each chunk that is done.
+        progress: Is told how far a backlog is, before its first chunk and after each.
     """
 
     deadline: float | None = None
     most_buckets: int = MOST_BUCKETS
     jobs: int = 1
     connect: Callable[[], AbstractContextManager[Session]] | None = None
-    progress: Callable[[str, int], None] | None = None
+    progress: Callable[[Advance], None] | None = None
 
 
 NO_LIMITS = Limits()
@@ -221,13 +231,14 @@ def _catch_up(call: _Call) -> _Progress:
         if isinstance(sorted_in, _Progress):
             return sorted_in
         late = sorted_in
+        tell = _teller(call)
+        tell(done)
         with _crew(call) as crew:
             for chunk in Chunks(work, crew, Pace(limits.most_buckets), call.clock, call.deadline):
                 if chunk is None:
                     return ELSEWHERE if not done and not faults else _sum_up(done, faults)
                 (faults if chunk.failure else done).append(chunk)
-                if limits.progress:
-                    limits.progress(work.grain.name, len(chunk.buckets))
+                tell(done)
     except (DatabaseUnavailableError, ConfigurationError):
         raise
     except BatchctlError as error:
@@ -281,12 +292,26 @@ def _at_once(call: _Call) -> _Progress | queue.Late:
     return _Progress("success", None, (attempt.succeeded(),), remaining, found.late.buckets)
 
 
+def _teller(call: _Call) -> Callable[[Sequence[Chunk]], None]:
+    progress, work = call.limits.progress, call.work
+    if progress is None:
+        return lambda done: None  # noqa: ARG005 - nobody listens
+    # Only who listens has to pay for the count.
+    total = queue.waiting(work)
+
+    def tell(done: Sequence[Chunk]) -> None:
+        buckets, rows = sum(len(chunk.buckets) for chunk in done), sum(chunk.source_rows for chunk in done)
+        progress(Advance(work.definition.name, work.grain.name, total, buckets, rows))
+
+    return tell
+
+
 def _crew(call: _Call) -> AbstractContextManager[Crew]:
     connect, jobs = call.limits.connect, call.limits.jobs
     if jobs > 1 and connect is not None and _is_large(call.work):
-        from batchctl.rollup.team import Team  # noqa: PLC0415 - only a backlog needs threads
+        from batchctl.rollup.team import crew  # noqa: PLC0415 - only a backlog needs threads
 
-        return Team(call.work, jobs, connect, call.clock, call.log)
+        return crew(call.work, jobs, connect, call.clock, call.log)
     return Alone(call.work, call.clock, call.log)
 
 
