@@ -54,7 +54,7 @@ def refresh_chunk(work: Work, span: Range, clock: Clock, log: Logger, *, hold: s
                 return None
             # First the queue, then the source, in two statements: the second sees at least what the first saw. A writer
             # that commits in between leaves a note, which the first did not see; its bucket is computed again.
-            taken = work.compute("take", low=span.low, high=span.high)
+            taken = work.compute("take", low=span.low, high=span.high, definition=work.described)
             buckets = tuple((row.start, row.shown) for row in taken)
             if not buckets:
                 return Chunk(())

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from batchctl.errors import ConfigurationError
 from batchctl.rollup import compose
-from batchctl.rollup.definition import Places, differences
+from batchctl.rollup.definition import Places, differences, next_name
 from batchctl.rollup.work import Work, parameters, pieces
 from batchctl.state.database import sql
 
@@ -61,9 +61,15 @@ def look(session: Session, definition: Definition, grain: Grain) -> tuple[Any, W
     if not seen.current:
         raise ConfigurationError(
             f"rollup.{definition.name} has changed since it was migrated ({'; '.join(differences(before, now))}); "
-            "run `batchctl migrate`, which says how to go on"
+            f"{_advice(session, definition.name)}"
         )
     return seen, Work(session, definition, grain, Places.from_json(places))
+
+
+def _advice(session: Session, name: str) -> str:
+    if any(row.rollup == next_name(name) for row in session.fetch("rollup.registered")):
+        return "`batchctl migrate` builds its new tables; run it again if it was interrupted"
+    return "run `batchctl migrate`, which builds its new tables"
 
 
 def queue_history(work: Work) -> None:
@@ -101,6 +107,8 @@ def queue_range(work: Work, start: datetime, end: datetime) -> int:
     )
     with work.session.transaction():
         work.steady(UNLIMITED)
+        if not work.run("keep_definition", definition=work.described):
+            raise ConfigurationError(f"rollup.{work.definition.name} has changed meanwhile; run this again")
         rows = work.session.run(statement, {**work.parameters, "start": start, "end": end})
     buckets: int = rows[0].buckets
     return buckets
