@@ -58,9 +58,18 @@ def migrate(
             statements = ddl.drop(connection, drop, session.clock, dry_run=dry_run)
             done = [f"Dropped {drop}."]
         else:
-            made = ddl.migrate(connection, definitions, session.clock, dry_run=dry_run)
+            made = ddl.migrate(
+                connection,
+                definitions,
+                session.clock,
+                dry_run=dry_run,
+                logger=session.logger,
+                say=render.line if session.shows_results else lambda _: None,
+            )
             statements, warnings = made.statements, made.warnings
             done = [f"Made the tables and triggers of {name}." for name in made.created]
+            done += [f"The new tables of {name} took the place of the old ones." for name in made.changed]
+            done += [f"Dropped the unfinished new tables of {name}." for name in made.discarded]
     if dry_run:
         render.statements([*upgraded.statements, *statements] or ["-- Nothing to do"])
     lines = [*(f"Applied {name}." for name in upgraded.names), *done]
