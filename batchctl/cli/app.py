@@ -166,7 +166,7 @@ def _complain(message: str) -> None:
         sys.stderr.write(f"batchctl: {line}\n")
 
 
-PRINTING = ("status", "history", "next", "crontab", "orphans", "demo")
+PRINTING = ("status", "history", "next", "simulate", "crontab", "orphans", "doctor", "demo")
 """Commands that exist to print, as every --dry-run does: what they could not print they have not done."""
 COMMANDS = {
     "run-batch": "run_batch",
@@ -174,12 +174,14 @@ COMMANDS = {
     "status": "inspect",
     "history": "inspect",
     "next": "schedule",
+    "simulate": "simulate",
     "crontab": "crontab",
     "pause": "control",
     "unpause": "control",
     "stop": "control",
     "orphans": "recover",
     "recover": "recover",
+    "doctor": "doctor",
     "init": "admin",
     "migrate": "admin",
     "demo": "admin",

@@ -22,7 +22,10 @@ if TYPE_CHECKING:
     from batchctl.batch.recovery import Left
     from batchctl.batch.result import RunResult, StepResult
     from batchctl.batch.resume import Work
+    from batchctl.doctor.finding import Finding
     from batchctl.report.jobs import JobStatus
+    from batchctl.report.scenario import Scenario
+    from batchctl.report.simulation import Simulation
     from batchctl.report.start import NextStart
     from batchctl.rollup.refresh import GrainResult
 
@@ -242,6 +245,28 @@ def _when(start: NextStart, zone: tzinfo) -> str:
     return f"no schedule; may start from {shown(start.next_eligible_at, zone)} on{estimated}"
 
 
+def simulation(played: Simulation, scenario: Scenario, *, json: bool) -> None:
+    """Print what a schedule will do: a table and a time line, the cadence in words, and what would be better."""
+    if json:
+        # There may be very many events, which asdict would copy one by one.
+        parts = {key: [vars(each) for each in getattr(played, key)] for key in ("events", "jobs", "recommendations")}
+        document({**vars(played), **parts})
+        return
+    from batchctl.cli import schedule_view
+
+    for text in schedule_view.heading(scenario):
+        line(text)
+    table(*schedule_view.events(played, scenario.zone))
+    for text in schedule_view.notes(played):
+        line(text)
+    for text in schedule_view.time_line(played, scenario.zone):
+        line(text)
+    for text in schedule_view.in_words(played):
+        line(text)
+    if played.recommendations:
+        table(*schedule_view.advice(played))
+
+
 def orphans(found: Sequence[Left], *, zone: tzinfo, json: bool) -> None:
     """Print what earlier runs left alive, and what was ended of it."""
     if json:
@@ -322,3 +347,40 @@ def migrated(lines: Sequence[str], warnings: Sequence[str], *, shown: bool) -> N
         warning(text)
     for text in lines if shown else ():
         line(text)
+
+
+def findings(found: Sequence[Finding], *, json: bool, everything: bool) -> None:
+    """Print what the doctor found, each with what to do, and a summary.
+
+    Args:
+        found: The findings, in order.
+        json: As one document.
+        everything: False to leave out what is as it should be, and the summary if all is.
+    """
+    if json:
+        keys = ("check", "state", "found")
+        told = [
+            {
+                **{key: getattr(each, key) for key in keys},
+                "advice": each.advice or None,
+                "exit_code": int(each.exit_code) if each.state == "error" else None,
+            }
+            for each in found
+        ]
+        document({"checks": told})
+        return
+    rows = [
+        (each.state, each.check, each.found + (f". Do: {each.advice}" if each.advice else ""))
+        for each in found
+        if everything or each.state != "ok"
+    ]
+    if not rows:
+        return
+    table(("state", "check", "found"), rows)
+    counts = {state: sum(each.state == state for each in found) for state in ("error", "warning", "ok")}
+    line(f"{counted(counts['error'], 'error')}, {counted(counts['warning'], 'warning')}, {counts['ok']} ok.")
+
+
+def counted(count: int, what: str) -> str:
+    """Say how many there are."""
+    return f"{count} {what}{'' if count == 1 else 's'}"

@@ -103,6 +103,14 @@ def open_bucket(session: Session, definition: Definition, grain: Grain) -> sql.C
     return bucket_of(session, grain, sql.SQL("now() - interval {}").format(settle))
 
 
+def floor(definition: Definition, grain: Grain) -> sql.Composable:
+    """Write the instant before which no bucket may be computed anew, because its source rows may be gone."""
+    # A coarser grain is built from a table of ours, whose rows stay.
+    if definition.finer(grain.name) is None and definition.retention_seconds:
+        return sql.SQL("(now() - interval {})").format(text(f"{definition.retention_seconds} seconds"))
+    return sql.SQL("'-infinity'::timestamptz")
+
+
 def aggregated_until(session: Session, definition: Definition, grain: Grain) -> sql.Composed:
     """Write how far a tick that finds nothing more to do has looked: a coarser grain sees what the finer one wrote."""
     now = open_bucket(session, definition, grain)

@@ -177,7 +177,11 @@ def _plan(session: Session, definition: Definition) -> _Plan:
             f"CREATE INDEX CONCURRENTLY ON {source} ({time}) makes it quick"
         )
     if registered is None:
-        warnings.append(f"{place}: rows deleted from {source} leave the rollup too, also when old rows are purged")
+        if not definition.retention_seconds:
+            warnings.append(
+                f"{place}: rows deleted from {source} leave the rollup too, also when old rows are purged, "
+                "unless source_retention is set"
+            )
         # Before the triggers, because what they note has to be somebody's work.
         steps.insert(0, creation(session, definition, found))
     if lacking := views.missing(session, definition, found):

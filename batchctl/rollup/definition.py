@@ -64,6 +64,8 @@ class Definition:
     measures: tuple[Measure, ...]
     settle_seconds: float
     budget_seconds: float
+    retention_seconds: float = 0.0
+    """How long the source surely holds an event; 0 for ever."""
 
     @property
     def key(self) -> tuple[str, ...]:
@@ -218,8 +220,10 @@ def read_definition(name: str, rollup: Rollup, path: Path, zone: str = "UTC") ->
         measures=measures,
         settle_seconds=rollup.settle.total_seconds(),
         budget_seconds=rollup.budget.total_seconds(),
+        retention_seconds=rollup.source_retention.total_seconds(),
     )
     _check_columns(definition, place)
+    _check_retention(definition, place)
     return definition
 
 
@@ -235,6 +239,16 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         else:
             found.append(f"{key}: was {_brief(old)}, now {_brief(new)}")
     return found
+
+
+def _check_retention(definition: Definition, place: str) -> None:
+    least = definition.finest.seconds + definition.settle_seconds
+    if 0 < definition.retention_seconds <= least:
+        raise ConfigurationError(
+            f"{place}.source_retention: found {definition.retention_seconds:.0f} s, in which no bucket of "
+            f"{definition.finest.name} is ever closed; expected more than {least:.0f} s, and more than the longest "
+            "time without a call of aggregate"
+        )
 
 
 def _check_columns(definition: Definition, place: str) -> None:

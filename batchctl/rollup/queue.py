@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from batchctl.errors import ConfigurationError
 from batchctl.rollup import compose
 from batchctl.rollup.definition import Places, differences
-from batchctl.rollup.work import Work, parameters, pieces
+from batchctl.rollup.work import Work, parameters
 from batchctl.state.database import sql
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from datetime import datetime
 
     from batchctl.rollup.definition import Definition, Grain
@@ -24,6 +24,14 @@ UNLIMITED = "0"
 """How long a statement may take that reads a source as far as it goes."""
 
 
+class Late(NamedTuple):
+    """Buckets of which the source holds rows but may have lost others: how many, and the first and last as shown."""
+
+    buckets: int = 0
+    first: str = ""
+    last: str = ""
+
+
 class Range(NamedTuple):
     """Closed buckets in the queue: the first and the last, as seconds since 1970, and how many there are."""
 
@@ -32,25 +40,98 @@ class Range(NamedTuple):
     buckets: int
 
 
-def look(session: Session, definition: Definition, grain: Grain) -> tuple[Any, Work]:
+class Seen(NamedTuple):
+    """Which notes a tick has seen before: those of transactions before `unseen_from` that are not `late`."""
+
+    unseen_from: int
+    """The first transaction that had not ended and was not in progress either."""
+    late: tuple[int, ...]
+    """Those before it that were in progress."""
+
+    @classmethod
+    def read(cls, remembered: Any, look: Any) -> Seen:
+        """Read what a tick remembered, as PostgreSQL writes a snapshot.
+
+        Where transactions are numbered otherwise, in a restored dump for instance, nothing has been seen.
+
+        Args:
+            remembered: Has `notes_seen` and `notes_seen_in`.
+            look: Says in which cluster and database this is (`here`) and which transaction would be the next.
+        """
+        if remembered.notes_seen is None or remembered.notes_seen_in != look.here:
+            return NOTHING_SEEN
+        _, unseen_from, late = remembered.notes_seen.split(":")
+        if int(unseen_from) > int(look.next):
+            return NOTHING_SEEN
+        return cls(int(unseen_from), tuple(map(int, late.split(","))) if late else ())
+
+    def parameters(self) -> dict[str, Any]:
+        """Return the values as the statements take them."""
+        return {"unseen_from": str(self.unseen_from), "late": list(map(str, self.late))}
+
+
+NOTHING_SEEN = Seen(0, ())
+
+
+class Sorted(NamedTuple):
+    """What became of notes."""
+
+    waiting: Range | None
+    """All closed buckets that wait, None if that is not known without looking."""
+    late: Late
+    """Changes of buckets that are never computed anew."""
+
+
+class Look(NamedTuple):
+    """What a tick sees before it does anything."""
+
+    started: float
+    """By the database's clock, as seconds since 1970."""
+    known: bool
+    paused: tuple[str, ...]
+    """What is paused of the rollup and the job."""
+    history_queued: bool
+    dirty: bool
+    """True if closed buckets wait."""
+    seen: str | None
+    """The snapshot that shows no note that is not sorted in, None if it may show some."""
+    here: str
+    """The cluster and the database."""
+    next: str
+    """The transaction that would come next."""
+    until: float | None
+    """How far it looks, as seconds since 1970."""
+    newest: str
+    """The newest closed bucket, as it is shown."""
+    floor: float
+    """No bucket before it is computed anew, as seconds since 1970."""
+    floor_shown: str
+
+
+def look(session: Session, definition: Definition, grain: Grain) -> tuple[Look, Work]:
     """Return all that an idle tick needs to know, and the work.
 
     Raises:
         ConfigurationError: the rollup is not migrated, or has changed since.
     """
-    now = definition.as_json()
     open_bucket = compose.open_bucket(session, definition, grain)
     statement = session.statement(
         "rollup.look",
-        **pieces(session, definition, grain),
+        open=open_bucket,
+        floor=compose.floor(definition, grain),
         until=compose.aggregated_until(session, definition, grain),
         newest=compose.bucket_of(session, grain, sql.SQL("{} - interval '1 microsecond'").format(open_bucket)),
     )
-    rows = session.run(statement, {**parameters(definition, grain), "definition": json.dumps(now)})
+    rows = session.run(statement, parameters(definition, grain))
     if not rows:
         raise ConfigurationError(f"rollup.{definition.name} has no tables yet; run `batchctl migrate`")
-    seen = rows[0]
-    before = dict(seen.definition)
+    work = Work(session, definition, grain, _places(definition, rows[0].definition))
+    return _look(work, rows[0]), work
+
+
+def _places(definition: Definition, registered: Mapping[str, Any]) -> Places:
+    """Check that the rollup is as it was migrated."""
+    before, now = dict(registered), definition.as_json()
     places = before.pop("places")
     if "dropping" in before:
         raise ConfigurationError(
@@ -58,12 +139,36 @@ def look(session: Session, definition: Definition, grain: Grain) -> tuple[Any, W
         )
     if before.pop("unfinished", False):
         raise ConfigurationError(f"rollup.{definition.name} is not complete yet; run `batchctl migrate` again")
-    if not seen.current:
+    if before != now:
         raise ConfigurationError(
             f"rollup.{definition.name} has changed since it was migrated ({'; '.join(differences(before, now))}); "
             "run `batchctl migrate`, which says how to go on"
         )
-    return seen, Work(session, definition, grain, Places.from_json(places))
+    return Places.from_json(places)
+
+
+def _look(work: Work, row: Any) -> Look:
+    seen = Seen.read(row, row)
+    unseen = work.run("unseen", **seen.parameters())[0]
+    noted, closed = unseen.noted, unseen.closed
+    if seen.late and not closed:
+        late = work.run("unseen_late", **seen.parameters())[0]
+        noted, closed = noted or late.noted, late.closed
+    paused = (*([work.definition.name] if row.rollup_paused else []), *([work.job] if row.paused else []))
+    return Look(
+        started=row.started,
+        known=row.known,
+        paused=paused,
+        history_queued=row.history_queued,
+        dirty=row.queued or closed,
+        seen=None if noted else unseen.snapshot,
+        here=row.here,
+        next=row.next,
+        until=row.until,
+        newest=row.newest,
+        floor=row.floor,
+        floor_shown=row.floor_shown,
+    )
 
 
 def queue_history(work: Work) -> None:
@@ -77,12 +182,21 @@ def queue_history(work: Work) -> None:
 
 def _is_dense(work: Work) -> bool:
     """Tell whether jumping from bucket to bucket is quicker than reading every row."""
-    source = work.session.fetch_one("rollup.find_table", table=compose.quoted(*work.places.source).as_string())
-    columns = work.session.fetch("rollup.table_columns", oid=source.oid)
-    if not any(column.indexed for column in columns if column.name == work.definition.time):
+    oid = _source_oid(work)
+    if not _is_indexed(work, oid):
         return False
-    size = work.compute("history_size", seconds=work.grain.seconds, oid=source.oid)[0]
+    size = work.compute("history_size", seconds=work.grain.seconds, oid=oid)[0]
     return bool(size.rows > ROWS_FOR_A_JUMP * size.tables * size.buckets)
+
+
+def _source_oid(work: Work) -> int:
+    oid: int = work.session.fetch_one("rollup.find_table", table=compose.quoted(*work.places.source).as_string()).oid
+    return oid
+
+
+def _is_indexed(work: Work, oid: int) -> bool:
+    columns = work.session.fetch("rollup.table_columns", oid=oid)
+    return any(column.indexed for column in columns if column.name == work.definition.time)
 
 
 def queue_range(work: Work, start: datetime, end: datetime) -> int:
@@ -98,6 +212,7 @@ def queue_range(work: Work, start: datetime, end: datetime) -> int:
         time=time,
         bucket=compose.bucket_of(work.session, work.grain, time),
         target=work.target,
+        floor=compose.floor(work.definition, work.grain),
     )
     with work.session.transaction():
         work.steady(UNLIMITED)
@@ -106,20 +221,38 @@ def queue_range(work: Work, start: datetime, end: datetime) -> int:
     return buckets
 
 
-def sort_in(work: Work, started: float) -> bool:
-    """Turn the notes that were not seen before into entries of the queue; False if the job is held elsewhere.
+def sort_in(work: Work, held: Any, look: Look) -> Sorted:
+    """Turn the notes that were not seen before into entries of the queue, in the transaction that holds the job.
+
+    Notes of buckets below the rollup's `source_retention` are dropped. Those of which the source still holds rows, so
+    that something other than a purge changed them, are counted.
 
     Args:
         work: The grain.
-        started: When the tick started, by the database's clock, as seconds since 1970.
+        held: The row of the job, as `Work.hold` returns it.
+        look: What the tick saw.
+
+    Returns:
+        What waits, as far as that is known without looking, and what was too late.
     """
-    with work.session.transaction():
-        if not work.hold():
-            return False
-        # In this order for the reason given in refresh_chunk.
-        if work.run("sort_in", started=started)[0].marked:
-            work.compute("queue_target")
-    return True
+    seen = Seen.read(held, look)
+    found = work.run("sort_in", started=look.started, here=look.here, **seen.parameters())[0]
+    # In this order for the reason given in refresh_chunk.
+    if found.marked:
+        work.compute("queue_target")
+    late = _count_late(work, found.too_old) if found.too_old else Late()
+    if found.marked or held.queued or not found.closed:
+        return Sorted(None, late)
+    return Sorted(Range(found.low, found.high, found.closed), late)
+
+
+def _count_late(work: Work, too_old: list[int]) -> Late:
+    work.steady(UNLIMITED)
+    how = "late_by_index" if _is_indexed(work, _source_oid(work)) else "late_by_scan"
+    late = Late(*work.compute(how, buckets=too_old)[0])
+    if late.buckets:
+        work.run("count_ignored", buckets=late.buckets)
+    return late
 
 
 def pick(work: Work, limit: int, below: int | None) -> Range | None:
@@ -145,10 +278,15 @@ def settle(work: Work, outcome: str, until: float | None) -> int:
     with work.session.transaction():
         # In two statements, so that the second sees what was done to the queue before the lock was free.
         if work.hold():
-            remaining: int = work.run("settle", outcome=outcome, until=until)[0].remaining
-            return remaining
+            return settle_held(work, outcome, until)
         work.run("end_unheld", outcome=outcome)
     return waiting(work)
+
+
+def settle_held(work: Work, outcome: str, until: float | None) -> int:
+    """Do the same in the transaction that holds the job."""
+    remaining: int = work.run("settle", outcome=outcome, until=until)[0].remaining
+    return remaining
 
 
 def waiting(work: Work) -> int:

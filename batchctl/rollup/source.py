@@ -48,6 +48,7 @@ def find(session: Session, definition: Definition, before: Places | None) -> Fou
     source = _find_source(session, definition, place)
     columns = {row.name: row for row in session.fetch("rollup.table_columns", oid=source.oid)}
     _check_columns(definition, columns, source, place)
+    _check_zone(session, definition, place)
     places = Places(
         Table(source.schema, source.name),
         _targets(session, definition, source, place),
@@ -121,6 +122,15 @@ def _check_columns(definition: Definition, columns: dict[str, Any], source: Any,
         raise ConfigurationError(
             f"{place}.time: {definition.time!r} is a virtual generated column, which triggers cannot read; "
             "expected an ordinary or a stored generated one"
+        )
+
+
+def _check_zone(session: Session, definition: Definition, place: str) -> None:
+    zone = definition.grains[-1].zone
+    if zone and not session.fetch_one("rollup.known_zone", zone=zone).known:
+        raise ConfigurationError(
+            f"{place}.grains: a local day needs a time zone that the server knows, which {zone!r} is not; expected a "
+            "`timezone` of the time zone database such as Asia/Seoul"
         )
 
 

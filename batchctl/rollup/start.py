@@ -147,7 +147,7 @@ class Aggregate:
     def _locked(self, log: logging.Logger, definition: Definition, grain: str, begun: float) -> GrainResult:
         session = self._connected().session
         if self.rebuild is not None:
-            rebuild(session, definition, grain, self.rebuild.start, self.rebuild.end)
+            rebuild(session, definition, grain, self.rebuild.start, self.rebuild.end, log)
         limits = Limits(
             begun + definition.budget_seconds, jobs=self.jobs, connect=self._another, progress=self.progress
         )

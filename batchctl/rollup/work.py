@@ -27,6 +27,11 @@ class Work:
     places: Places
 
     @property
+    def job(self) -> str:
+        """Name the row of the state table."""
+        return self.definition.job(self.grain.name)
+
+    @property
     def target(self) -> sql.SQL:
         """Name the table of the grain."""
         return compose.quoted(*self.places.targets[self.grain.name])
@@ -52,29 +57,42 @@ class Work:
             time=time,
             bucket=compose.bucket_of(self.session, self.grain, time),
             next=compose.next_bucket(self.session, self.grain, compose.quoted("bucket")),
+            where=compose.condition(self.definition),
         )
         return self.session.run(statement, {**self.parameters, **values})
 
     def steady(self, statement_timeout: str = STATEMENT_TIMEOUT) -> None:
         """Make the transaction that is open read the same whatever the role's settings are."""
-        self.run("steady", statement_timeout=statement_timeout, work_mem=WORK_MEMORY)
+        self.run("steady", statement_timeout=statement_timeout)
 
-    def hold(self, how: str = "hold") -> bool:
-        """Steady the transaction that is open and lock the job until its end; False if it is held elsewhere."""
-        self.steady()
-        return bool(self.run(how))
+    def hold(self, how: str = "hold") -> Any:
+        """Do the same and lock the job until the end of the transaction.
+
+        Args:
+            how: The kind of lock: `hold`, `hold_for_workers` or `join_holder`.
+
+        Returns:
+            The row of the job, None if it is held elsewhere.
+        """
+        rows = self.run(how)
+        return rows[0] if rows else None
 
 
 def parameters(definition: Definition, grain: Grain) -> dict[str, Any]:
     """Return the values that the statements about a grain share."""
-    return {"rollup": definition.name, "grain": grain.name, "job": definition.job(grain.name)}
+    return {
+        "rollup": definition.name,
+        "grain": grain.name,
+        "job": definition.job(grain.name),
+        "statement_timeout": STATEMENT_TIMEOUT,
+        "work_mem": WORK_MEMORY,
+    }
 
 
 def pieces(session: Session, definition: Definition, grain: Grain) -> dict[str, sql.Composable]:
     """Return the pieces of SQL that the statements about a grain share."""
-    here = session.statement("rollup.here")
     return {
-        "here": here,
-        "remembered": session.statement("rollup.remembered", here=here),
+        "settings": session.statement("rollup.settings"),
         "open": compose.open_bucket(session, definition, grain),
+        "floor": compose.floor(definition, grain),
     }

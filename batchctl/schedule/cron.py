@@ -50,6 +50,7 @@ def next_inside_hours(hours: str, after: datetime, zone: tzinfo) -> datetime:
     return minute
 
 
+@functools.cache
 def hours_of_day(hours: str) -> frozenset[int]:
     """Return the hours that cron's hour field stands for; a repeated or missing hour changes nothing about them."""
     midnight = datetime(2024, 1, 1, tzinfo=UTC)

@@ -27,6 +27,8 @@ from batchctl.batch import attempt, plan
 from batchctl.batch.guards import Guards
 from batchctl.cli import app as door
 from batchctl.cli.admin import STARTER
+from batchctl.doctor.finding import CHECKS
+from batchctl.doctor.hidden import HIDING, STARTS_CONTAINER
 from batchctl.errors import MEANING, ConfigurationError, ExitCode
 from batchctl.guard.lock import Holder
 from batchctl.rollup.definition import read_definitions
@@ -461,6 +463,29 @@ def test_json_md_has_the_keys_of_the_commands_that_show(batchctl):
     assert {frozenset(guard) for guard in guards} == {frozenset(json_keys("guards"))}
 
 
+def test_json_md_has_the_keys_of_simulate(batchctl):
+    batchctl.configure(batch([("31", "true")], 'schedule = "0 1 * * *"'))
+    printed = batchctl.json("simulate", "--duration", "26h")
+    assert set(printed) == json_keys("simulate")
+    headings = {"events": "events", "jobs": "jobs of simulate", "recommendations": "recommendations"}
+    for inner, heading in headings.items():
+        assert {frozenset(each) for each in printed[inner]} == {frozenset(json_keys(heading))}, inner
+
+
+def test_the_simulation_that_is_shown_is_what_the_program_writes(tmp_path):
+    """README's sentence and the picture in schedules.md."""
+    page = DOCS / "explanation" / "schedules.md"
+    called, drawn = [block for block in blocks(page) if block.language in ("console", "text")]
+    (arguments,) = command_lines(called)
+    done = subprocess.run(
+        [Path(sys.executable).with_name("batchctl"), *arguments, "--timezone", "UTC"],
+        cwd=tmp_path, capture_output=True, text=True, check=True, env={"PATH": "/usr/bin:/bin"},
+    )  # fmt: skip
+    assert drawn.text in done.stdout
+    (sentence,) = re.findall(r'"(It starts [^"]+)"', README.read_text())
+    assert sentence in done.stdout.splitlines()
+
+
 def test_json_md_has_the_keys_of_what_is_left(batchctl):
     batchctl.configure(batch([("31", "sleep 300 & echo $! >agent")], 'min_gap = "0s"\ngrace = "1s"'))
     batchctl("run-batch")
@@ -469,6 +494,22 @@ def test_json_md_has_the_keys_of_what_is_left(batchctl):
     printed = batchctl.json("orphans", "--kill")
     assert set(printed) == json_keys("orphans")
     assert {frozenset(each) for each in printed["orphans"]} == {frozenset(json_keys("orphans of orphans"))}
+
+
+def test_json_md_has_the_keys_of_doctor(batchctl):
+    batchctl.configure(batch([("31", "true")]))
+    document = batchctl.json("doctor", code=None)
+    described = sections(REFERENCE / "json.md")
+    assert list(document) == keys(described["doctor"])
+    for check in document["checks"]:
+        assert list(check) == keys(described["checks of doctor"])
+
+
+def test_doctor_md_has_each_check_and_each_program_that_hides():
+    described = sections(DOCS / "how-to" / "doctor.md")
+    assert keys(described["What is checked"]) == list(CHECKS)
+    hiding = [name for row in rows(described["Steps that hide"]) for name in re.findall(r"`([a-z-]+)`", row[0])]
+    assert [name for name in hiding if name not in STARTS_CONTAINER] == list(HIDING)
 
 
 def test_json_md_has_the_keys_of_aggregate(batchctl):
@@ -602,7 +643,7 @@ def test_the_tree_in_design_md_is_the_tree_of_the_package():
         stack[depth:] = [name.rstrip("/")]
         if not name.endswith("/"):
             described.add("/".join(stack))
-    plumbing = {f"batchctl/{room}/__init__.py" for room in ("cli", "batch", "rollup", "report", "demo")}
+    plumbing = {f"batchctl/{room}/__init__.py" for room in ("cli", "batch", "rollup", "report", "demo", "doctor")}
     plumbing |= {f"batchctl/{room}/__init__.py" for room in ("guard", "schedule", "state")}
     real = {
         str(path.relative_to(PROJECT))

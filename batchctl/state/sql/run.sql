@@ -90,6 +90,25 @@ FROM latest LEFT JOIN {schema}.step_run s ON s.run_id = latest.run_id AND s.fini
 GROUP BY latest.run_id, latest.started_at, latest.seconds, s.account, s.step
 ORDER BY latest.started_at DESC, latest.run_id, s.account, s.step;
 
+-- name: latest_durations
+-- How long the last ten runs took that left nothing out and came to their end, oldest first.
+SELECT seconds, success FROM (
+    SELECT extract(epoch FROM coalesce(duration, finished_at - started_at))::float8 AS seconds,
+           outcome = 'success' AS success, started_at
+    FROM {schema}.run
+    WHERE job = %(job)s AND outcome IN ('success', 'partial', 'timeout') AND whole AND resumed = 0
+    ORDER BY started_at DESC LIMIT 10
+) AS latest ORDER BY started_at;
+
+-- name: step_durations
+-- How long each step takes: the mean over the last ten runs that left nothing out and succeeded.
+SELECT step, avg(extract(epoch FROM s.finished_at - s.started_at))::float8 AS seconds
+FROM {schema}.step_run s
+WHERE outcome = 'success' AND run_id IN (
+    SELECT run_id FROM {schema}.run
+    WHERE job = %(job)s AND outcome = 'success' AND whole AND resumed = 0 ORDER BY started_at DESC LIMIT 10)
+GROUP BY step;
+
 -- name: claim
 -- Claim the batch; no row comes back if another run is live, which the unique index decides.
 INSERT INTO {schema}.run (run_id, batch, job, groups, accounts, steps, host, hostname, boot_id, pid, pid_start_ticks,

@@ -1,0 +1,1 @@
+"""Everything that makes cron jobs fail silently, looked at."""
