@@ -75,7 +75,7 @@ class Team(AbstractContextManager["Team"]):
         """Hold the job."""
         with self._stack:
             self._stack.enter_context(self._work.session.transaction())
-            self._held = self._work.hold("hold_for_workers")
+            self._held = self._work.hold("hold_for_workers") is not None
             for session in self._sessions:
                 self._free.put(replace(self._work, session=session))
             self._pool = self._stack.enter_context(ThreadPoolExecutor(self.size))
