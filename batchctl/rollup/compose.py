@@ -111,21 +111,6 @@ def floor(definition: Definition, grain: Grain) -> sql.Composable:
     return sql.SQL("'-infinity'::timestamptz")
 
 
-def aggregated_until(session: Session, definition: Definition, grain: Grain) -> sql.Composed:
-    """Write how far a tick that finds nothing more to do has looked: a coarser grain sees what the finer one wrote."""
-    now = open_bucket(session, definition, grain)
-    finer = definition.finer(grain.name)
-    if finer is None:
-        return now
-    seen = sql.SQL("(SELECT aggregated_until FROM {}.state WHERE job = {})").format(
-        session.schema, text(definition.job(finer.name))
-    )
-    # Unknown as long as the finer grain has not looked at all.
-    return sql.SQL("CASE WHEN {seen} IS NOT NULL THEN least({now}, {bucket}) END").format(
-        seen=seen, now=now, bucket=bucket_of(session, grain, seen)
-    )
-
-
 def text(value: str) -> sql.SQL:
     """Write a text of ours for a statement that is run with parameters."""
     return operator_sql(sql.Literal(value).as_string())

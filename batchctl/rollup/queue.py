@@ -101,11 +101,8 @@ class Look(NamedTuple):
     """The transaction that would come next."""
     until: float | None
     """How far it looks, as seconds since 1970."""
-    newest: str
-    """The newest closed bucket, as it is shown."""
-    floor: float
-    """No bucket before it is computed anew, as seconds since 1970."""
-    floor_shown: str
+    newest: float
+    """The newest closed bucket, as seconds since 1970."""
 
 
 def look(session: Session, definition: Definition, grain: Grain) -> tuple[Look, Work]:
@@ -114,15 +111,11 @@ def look(session: Session, definition: Definition, grain: Grain) -> tuple[Look, 
     Raises:
         ConfigurationError: the rollup is not migrated, or has changed since.
     """
-    open_bucket = compose.open_bucket(session, definition, grain)
-    statement = session.statement(
-        "rollup.look",
-        open=open_bucket,
-        floor=compose.floor(definition, grain),
-        until=compose.aggregated_until(session, definition, grain),
-        newest=compose.bucket_of(session, grain, sql.SQL("{} - interval '1 microsecond'").format(open_bucket)),
+    finer = definition.finer(grain.name)
+    rows = session.run(
+        session.statement("rollup.look"),
+        {**parameters(definition, grain), "finer": definition.job(finer.name) if finer else None},
     )
-    rows = session.run(statement, parameters(definition, grain))
     if not rows:
         raise ConfigurationError(f"rollup.{definition.name} has no tables yet; run `batchctl migrate`")
     work = Work(session, definition, grain, _places(session, definition, rows[0].definition))
@@ -147,8 +140,32 @@ def _places(session: Session, definition: Definition, registered: Mapping[str, A
     return Places.from_json(places)
 
 
+def _horizon(work: Work, row: Any) -> tuple[float, float | None, float]:
+    """Return the bucket that is open, how far the tick looks, and the newest closed bucket, as seconds since 1970.
+
+    A coarser grain sees what the finer one wrote, so it looks no further than that has looked; None if it has not yet.
+    """
+    finest = work.definition.finer(work.grain.name) is None
+    if work.grain.zone:
+        instant = compose.open_bucket(work.session, work.definition, work.grain)
+        statement = work.session.statement(
+            "rollup.local_horizon",
+            open=instant,
+            of_finer=compose.bucket_of(work.session, work.grain, sql.SQL("to_timestamp(%(finer_until)s)")),
+            last=compose.bucket_of(work.session, work.grain, sql.SQL("{} - interval '1 microsecond'").format(instant)),
+        )
+        found = work.session.run(statement, {"finer_until": row.finer_until})[0]
+        return found.open, None if row.finer_until is None else found.until, found.last
+    width = work.grain.seconds
+    now = (row.started - work.definition.settle_seconds) // width * width
+    if finest:
+        return now, now, now - width
+    return now, None if row.finer_until is None else min(now, row.finer_until // width * width), now - width
+
+
 def _look(work: Work, row: Any) -> Look:
     seen = Seen.read(row, row)
+    now, until, newest = _horizon(work, row)
     unseen = work.run("unseen", **seen.parameters())[0]
     noted, closed = unseen.noted, unseen.closed
     if seen.late and not closed:
@@ -160,14 +177,12 @@ def _look(work: Work, row: Any) -> Look:
         known=row.known,
         paused=paused,
         history_queued=row.history_queued,
-        dirty=row.queued or closed,
+        dirty=closed or (row.queued_from is not None and row.queued_from < now),
         seen=None if noted else unseen.snapshot,
         here=row.here,
         next=row.next,
-        until=row.until,
-        newest=row.newest,
-        floor=row.floor,
-        floor_shown=row.floor_shown,
+        until=until,
+        newest=newest,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from batchctl.errors import BatchctlError, ConfigurationError, DatabaseUnavailableError
@@ -14,7 +15,6 @@ from batchctl.rollup.chunk import Attempt, since
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from contextlib import AbstractContextManager
-    from datetime import datetime
     from logging import Logger
 
     from batchctl.clock import Clock
@@ -141,7 +141,7 @@ def tick(  # noqa: PLR0917 - the first five are what every tick has
     if not look.known:
         work.run("add_state")
     if look.history_queued and not look.dirty:
-        log.debug(NOTHING, look.newest)
+        log.debug(NOTHING, _named(look.newest))
         work.run("nothing", started=look.started, until=look.until, seen=look.seen, here=look.here)
         return GrainResult(definition.name, grain, "empty", duration_seconds=since(begun, clock))
     try:
@@ -158,7 +158,7 @@ def tick(  # noqa: PLR0917 - the first five are what every tick has
         remaining = done.remaining
     else:
         if done.outcome == "empty":
-            log.debug(NOTHING, look.newest)
+            log.debug(NOTHING, _named(look.newest))
         remaining = queue.settle(work, done.outcome, look.until if done.outcome != "failed" else None)
         if done.outcome == "failed":
             # What could not even be sorted in waits too.
@@ -201,11 +201,13 @@ def rebuild(  # noqa: PLR0917 - the first five are what every rebuild has
     look, work = queue.look(session, definition, definition.grain(grain))
     if look.paused:
         return 0
-    if log and start.timestamp() < look.floor:
-        log.warning(
-            "%s: source_retention keeps buckets before %s as they are, also where --rebuild asks for them",
-            *(grain, look.floor_shown),
-        )
+    if log and definition.retention_seconds:
+        floor = work.run("floor")[0]
+        if start.timestamp() < floor.second:
+            log.warning(
+                "%s: source_retention keeps buckets before %s as they are, also where --rebuild asks for them",
+                *(grain, floor.shown),
+            )
     return queue.queue_range(work, start, end)
 
 
@@ -318,6 +320,10 @@ def _crew(call: _Call) -> AbstractContextManager[Crew]:
 def _is_large(work: Work) -> bool:
     found = queue.pick(work, FIRST_BUCKETS + 1, None)
     return found is not None and found.buckets > FIRST_BUCKETS
+
+
+def _named(bucket: float) -> str:
+    return f"{datetime.fromtimestamp(bucket, UTC):%Y-%m-%d %H:%M:%S}"
 
 
 def _sum_up(done: Sequence[Chunk], faults: Sequence[Chunk]) -> _Progress:

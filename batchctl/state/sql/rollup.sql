@@ -5,27 +5,37 @@
 
 -- name: look
 -- What was migrated, and what is remembered of the job. The numbers of transactions that are remembered mean something
--- in one cluster and database only (`here`).
+-- in one cluster and database only (`here`). A session's first statement pays for each function that it names.
 SELECT
     extract(epoch FROM now())::float8 AS started,
     registered.definition,
     registered.history_queued_at IS NOT NULL AS history_queued,
     state.job IS NOT NULL AS known,
     coalesce(state.paused, false) AS paused,
-    EXISTS (SELECT FROM {schema}.state WHERE job = %(rollup)s AND paused) AS rollup_paused,
-    coalesce(state.queued_from < {open}, false) AS queued,
+    coalesce(whole.paused, false) AS rollup_paused,
+    extract(epoch FROM state.queued_from)::float8 AS queued_from,
+    extract(epoch FROM finer.aggregated_until)::float8 AS finer_until,
     state.notes_seen::text AS notes_seen,
     state.notes_seen_in,
-    (SELECT system_identifier FROM pg_control_system())::text || '/'
-        || (SELECT oid FROM pg_database WHERE datname = current_database())::text AS here,
-    pg_snapshot_xmax(pg_current_snapshot())::text AS next,
-    extract(epoch FROM {until})::float8 AS until,
-    extract(epoch FROM {floor})::float8 AS floor,
-    to_char({floor} AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI:SS') AS floor_shown,
-    to_char({newest} AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI:SS') AS newest
+    (SELECT system_identifier FROM pg_control_system())::text || '/' || current_database() AS here,
+    pg_snapshot_xmax(pg_current_snapshot())::text AS next
 FROM {schema}.rollup AS registered
 LEFT JOIN {schema}.state AS state ON state.job = %(job)s
+LEFT JOIN {schema}.state AS whole ON whole.job = %(rollup)s
+LEFT JOIN {schema}.state AS finer ON finer.job = %(finer)s
 WHERE registered.rollup = %(rollup)s
+
+-- name: local_horizon
+-- The bucket that is open now, how far a tick looks, and the bucket before: for local days, whose length differs.
+SELECT
+    extract(epoch FROM {open})::float8 AS open,
+    extract(epoch FROM least({open}, {of_finer}))::float8 AS until,
+    extract(epoch FROM {last})::float8 AS last
+
+-- name: floor
+-- The instant before which no bucket is computed anew.
+SELECT
+    extract(epoch FROM {floor})::float8 AS second, to_char({floor} AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI:SS') AS shown
 
 -- name: unseen
 -- Whether there are notes of transactions that came after those seen before; an indexed probe.
