@@ -118,11 +118,12 @@ def _scenario(
 
 
 def _with_history(session: Session, scenario: Scenario, jobs: tuple[str | None, ...]) -> Scenario:
-    """Play the last real durations of the jobs for which none is given."""
+    """Play the last real durations of the jobs for which none is given; after a change of quantities, the estimate."""
     from dataclasses import replace
     from datetime import timedelta
 
     from batchctl.report.player import Length
+    from batchctl.schedule.estimate import estimate, step_seconds
 
     lengths = dict(scenario.lengths)
     known: dict[str | None, tuple[float, ...]] = {}
@@ -131,9 +132,13 @@ def _with_history(session: Session, scenario: Scenario, jobs: tuple[str | None, 
             latest = store.latest_durations(job)
             if not latest:
                 raise UsageError(f"{job} has no complete run yet, so nothing is known of its duration; give --duration")
+            expected = estimate(scenario.batch, job.partition("/")[2] or None, store.past_runs(job))
+            if expected.scaled:
+                lengths[job], known[job] = (Length(expected.duration),), (expected.seconds,)
+                continue
             lengths[job] = tuple(Length(timedelta(seconds=row.seconds), row.success) for row in latest)
             known[job] = tuple(row.seconds for row in latest if row.success)
-        steps = store.step_durations(scenario.name or "")
+        steps = step_seconds(scenario.batch, store.past_runs(scenario.name or ""))
     return replace(scenario, lengths=lengths, known=known, step_seconds=steps)
 
 
