@@ -211,6 +211,16 @@ def test_a_year_with_both_changes_of_the_clocks(simulate, schedule, zone, year):
     assert played["cadence_seconds"] == 48 * HOUR
 
 
+def test_every_day_means_each_day_of_both_changes_of_the_clocks(simulate):
+    for day in ("2026-03-27", "2026-10-23"):
+        options = ("--schedule", "0 1 * * *", "--duration", "1h", "--every", "24h", "--timezone", "Europe/London")
+        done = (*options, "--start", day, "--days", "5")
+        assert [event["action"] for event in simulate.json(*done)["events"]] == ["start"] * 5, day
+        # Also the run that ends when clocks show again what they showed at its beginning has a bar.
+        drawn = simulate(*done).stdout
+        assert len(re.findall(r"^\w{3} 2026-\d\d-\d\d  [.#]*#[.#]*$", drawn, re.MULTILINE)) == 5
+
+
 def test_new_york_repeats_half_past_one(simulate):
     options = ("--schedule", "30 1 * * *", "--duration", "1h", "--start", "2026-11-01", "--days", "1")
     fixed = simulate.json(*options, "--timezone", "America/New_York")
