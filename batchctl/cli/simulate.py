@@ -9,6 +9,7 @@ import typer
 
 from batchctl.cli.app import command
 from batchctl.cli.run_batch import Json
+from batchctl.cli.schedule import in_reach
 from batchctl.cli.session import Session
 from batchctl.errors import ConfigurationError, UsageError, choices
 
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from batchctl.report.player import Length
     from batchctl.report.scenario import Scenario, Wish
 
-EARLIEST_YEAR, LATEST_YEAR = 1970, 2199
 MOST_FACTOR = 100
 
 
@@ -201,6 +201,5 @@ def _begin(session: Session, text: str | None, zone: tzinfo) -> datetime:
         found = datetime.fromisoformat(text)
     except ValueError:
         raise UsageError(f"--start {text}: expected a day such as 2026-01-31, or a time of it") from None
-    if not EARLIEST_YEAR <= found.year <= LATEST_YEAR:
-        raise UsageError(f"--start {text}: expected a year from {EARLIEST_YEAR} to {LATEST_YEAR}")
+    in_reach("--start", text, found)
     return (found if found.tzinfo else found.replace(tzinfo=zone)).astimezone(UTC)
