@@ -114,7 +114,7 @@ def _wanted(session: Session) -> Wanted:
             f"{configuration.path}: nothing has a schedule, so there is nothing for cron to start; "
             "set batch.NAME.schedule or configure a rollup"
         )
-    for each in asked.warnings:
+    for each in (*asked.warnings, *asked.not_found):
         render.warning(each)
     if os.environ.get("BATCHCTL_DATABASE_URL"):
         render.warning("$BATCHCTL_DATABASE_URL is set here, but not under cron, which uses the configured database")

@@ -12,6 +12,15 @@ from batchctl.cli.run_batch import Json
 from batchctl.cli.session import Session
 from batchctl.errors import UsageError, choices
 
+EARLIEST_YEAR, LATEST_YEAR = 1970, 2199
+
+
+def in_reach(option: str, text: str, found: datetime) -> datetime:
+    """Refuse an instant so far away that calendars end before the cron times behind it do."""
+    if not EARLIEST_YEAR <= found.year <= LATEST_YEAR:
+        raise UsageError(f"{option} {text}: expected a year from {EARLIEST_YEAR} to {LATEST_YEAR}")
+    return found
+
 
 def instant(session: Session, option: str, text: str) -> datetime:
     """Read an instant as people write it; without an offset it is in the configured zone."""
@@ -41,7 +50,7 @@ def next_start(
     from batchctl.cli import render
     from batchctl.report.jobs import JobReader
 
-    when = None if at is None else instant(session, "--at", at)
+    when = None if at is None else in_reach("--at", at, instant(session, "--at", at))
     with session.connect() as store:
         reader = JobReader(session.configuration, store, session.zone, session.clock)
         starts = reader.next_starts(job, when)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from batchctl.report.simulation import Simulation
 
 TIME_SHOWN, SHORT_TIME_SHOWN = "%Y-%m-%d %H:%M", "%m-%d %H:%M"
-CELL = timedelta(minutes=30)
+MINUTE, CELL = timedelta(minutes=1), timedelta(minutes=30)
 CELLS = 48
 LONGEST_LINE = 31
 """Days that the time line shows."""
@@ -96,8 +96,9 @@ def time_line(played: Simulation, zone: tzinfo) -> Iterator[str]:
     if not played.events:
         return
     bars = {cadence.job: BARS[number % len(BARS)] for number, cadence in enumerate(played.jobs)}
+    # Where clocks are put back meanwhile, they may show no more at the end than at the beginning.
     runs = [
-        (_wall(event.scheduled_at, zone), _wall(event.ends_at, zone), bars[event.job])
+        (since := _wall(event.scheduled_at, zone), max(_wall(event.ends_at, zone), since + MINUTE), bars[event.job])
         for event in played.events
         if event.ends_at
     ]
@@ -112,7 +113,7 @@ def time_line(played: Simulation, zone: tzinfo) -> Iterator[str]:
     for since, until, letter in runs:
         draw(since, until, letter)
     for at in skips:
-        draw(at, at + CELL / CELLS, "x")
+        draw(at, at + MINUTE, "x")
     yield ""
     yield " " * 16 + "".join(f"{hour:02}".ljust(12) for hour in range(0, 24, 6)) + "24"
     last = -1

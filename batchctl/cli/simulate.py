@@ -9,6 +9,7 @@ import typer
 
 from batchctl.cli.app import command
 from batchctl.cli.run_batch import Json
+from batchctl.cli.schedule import in_reach
 from batchctl.cli.session import Session
 from batchctl.errors import ConfigurationError, UsageError, choices
 
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from batchctl.report.player import Length
     from batchctl.report.scenario import Scenario, Wish
 
-EARLIEST_YEAR, LATEST_YEAR = 1970, 2199
 MOST_FACTOR = 100
 
 
@@ -122,11 +122,12 @@ def _scenario(
 
 
 def _with_history(session: Session, scenario: Scenario, jobs: tuple[str | None, ...]) -> Scenario:
-    """Play the last real durations of the jobs for which none is given."""
+    """Play the last real durations of the jobs for which none is given; after a change of quantities, the estimate."""
     from dataclasses import replace
     from datetime import timedelta
 
     from batchctl.report.player import Length
+    from batchctl.schedule.estimate import estimate, step_seconds
 
     lengths = dict(scenario.lengths)
     known: dict[str | None, tuple[float, ...]] = {}
@@ -139,9 +140,13 @@ def _with_history(session: Session, scenario: Scenario, jobs: tuple[str | None, 
                     f"{job} has no complete run of its own yet, so nothing is known of its duration; "
                     f"give --duration, for instance --duration {form}"
                 )
+            expected = estimate(scenario.batch, job.partition("/")[2] or None, store.past_runs(job))
+            if expected.scaled:
+                lengths[job], known[job] = (Length(expected.duration),), (expected.seconds,)
+                continue
             lengths[job] = tuple(Length(timedelta(seconds=row.seconds), row.success) for row in latest)
             known[job] = tuple(row.seconds for row in latest if row.success)
-        steps = store.step_durations(scenario.name or "")
+        steps = step_seconds(scenario.batch, store.past_runs(scenario.name or ""))
     return replace(scenario, lengths=lengths, known=known, step_seconds=steps)
 
 
@@ -204,6 +209,5 @@ def _begin(session: Session, text: str | None, zone: tzinfo) -> datetime:
         found = datetime.fromisoformat(text)
     except ValueError:
         raise UsageError(f"--start {text}: expected a day such as 2026-01-31, or a time of it") from None
-    if not EARLIEST_YEAR <= found.year <= LATEST_YEAR:
-        raise UsageError(f"--start {text}: expected a year from {EARLIEST_YEAR} to {LATEST_YEAR}")
+    in_reach("--start", text, found)
     return (found if found.tzinfo else found.replace(tzinfo=zone)).astimezone(UTC)

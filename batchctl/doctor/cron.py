@@ -106,6 +106,7 @@ def check_crontab(
         return
     elsewhere = list(_in_system(configuration.path, system))
     yield from (each for each in elsewhere if each.state != "ok")
+    # What is not found is told with the steps.
     for text in asked.warnings:
         yield warning("crontab", text, "see to it in the configuration, then " + INSTALL)
     by_hand = [(number, line) for number, line in found.elsewhere if STARTS & set(_words(line))]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from batchctl.batch.guards import recorded_processes
 from batchctl.batch.recovery import Leftovers
 from batchctl.doctor.finding import ok, warning
+from batchctl.guard.gap import gap_rule
 from batchctl.guard.identity import ProcessIdentity, alive
 from batchctl.logs import elapsed
 from batchctl.report.configured import pausable
@@ -79,7 +80,7 @@ def check_jobs(configuration: Configuration, rows: Mapping[str, Any]) -> Iterato
 
 
 def check_schedules(configuration: Configuration, store: Store, now: datetime, zone: tzinfo) -> Iterator[Finding]:
-    """Compare how long batches take with how often cron starts them."""
+    """Compare how long batches and their gaps take with how often they are to start."""
     for name, batch in configuration.batches.items():
         jobs = {name: batch.schedule} | {f"{name}/{group}": each.schedule for group, each in batch.group.items()}
         for job, schedule in jobs.items():
@@ -89,8 +90,19 @@ def check_schedules(configuration: Configuration, store: Store, now: datetime, z
                 continue
             group = job.partition("/")[2] or None
             taken = estimate(batch, group, past).duration
-            text = f"{job} takes about {elapsed(taken)}, and cron starts it every {elapsed(cadence)}"
-            if taken > cadence:
+            rule = gap_rule(batch, group, zone)
+            gap = rule.gap(taken)
+            if rule.every > cadence:
+                # The skips in between are wanted, and a gap that ends a little later costs one more of them.
+                text = f"{job} takes about {elapsed(taken)}, and is to start every {elapsed(rule.every)}"
+                fits = taken <= rule.every
+            else:
+                text = (
+                    f"{job} takes about {elapsed(taken)} and has a gap of {elapsed(gap)} after that, "
+                    f"and cron starts it every {elapsed(cadence)}"
+                )
+                fits = taken + gap <= cadence
+            if not fits:
                 yield warning(
                     "schedule", f"{text}, so starts are skipped", f"`batchctl simulate {name}` shows what fits"
                 )

@@ -67,7 +67,17 @@ def due_after(start: datetime, every: timedelta, zone: tzinfo) -> datetime:
     """Return when a start is due again; whole days are local days, also those of 23 or 25 hours."""
     if every % DAY:
         return start + every
-    return _first_at_or_after(start.astimezone(zone).replace(tzinfo=None) + every, zone)
+    return _first_at_or_after(_meant(start, zone) + every, zone)
+
+
+def _meant(start: datetime, zone: tzinfo) -> datetime:
+    """Return the local time of a start; right after clocks went forward, the one that they left out.
+
+    Cron then starts what stands in the hour that is missing. Counted from the later time on the clock, the start of the
+    next day would come an hour too early, and be lost.
+    """
+    before, wall = ((start - early).astimezone(zone).replace(tzinfo=None) for early in (CRON_JITTER, timedelta(0)))
+    return min(wall, before + CRON_JITTER)
 
 
 def _first_at_or_after(wall: datetime, zone: tzinfo) -> datetime:

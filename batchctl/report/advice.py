@@ -111,13 +111,13 @@ def _every(scenario: Scenario, measured: Cadence) -> Iterator[_Proposal]:
         )
         yield _Proposal("every", text, _with(scenario, schedule=line, every=every))
     longest, shortest = measured.longest_seconds, measured.shortest_seconds
-    if longest and shortest != longest and longest % DAY_SECONDS == 0 and day == "*" and not scenario.batch.every:
+    if longest and longest % DAY_SECONDS == 0 and day == "*" and not scenario.batch.every:
         every = _duration(longest)
         days = int(longest // DAY_SECONDS)
-        text = (
-            f'every = "{every}": even distances, also after a run that was short. '
-            f"A cron line with */{days} for the day would not give them: it begins anew with each month"
-        )
+        even = "even distances, also" if shortest != longest else "what it comes to now becomes the rule, also"
+        text = f'every = "{every}": {even} after a run that was short'
+        if days > 1:
+            text += f". A cron line with */{days} for the day would not give that: it begins anew with each month"
         yield _Proposal("every", text, _with(scenario, every=every), regular=True)
 
 

@@ -20,7 +20,10 @@ if TYPE_CHECKING:
     from batchctl.config import Batch, Configuration
 
 DEFAULT_PATH = ("/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", "/sbin", "/bin")
-EXPLANATION = "# Written by `batchctl crontab install`, which replaces all between the two markers."
+EXPLANATION = (
+    "# Written by `batchctl crontab install`, which replaces all between the two markers.",
+    "# What these lines print is mailed to the MAILTO that is set above them, else to the owner of this crontab.",
+)
 
 
 @dataclass(frozen=True)
@@ -31,11 +34,13 @@ class Wanted:
         path: The configuration file, absolute.
         lines: For the crontab, with comments, without newlines; none if nothing has a schedule.
         warnings: What will not be as the configuration says, or may surprise.
+        not_found: Commands of steps that are found neither here nor by cron, in words.
     """
 
     path: Path
     lines: tuple[bytes, ...]
     warnings: tuple[str, ...]
+    not_found: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -60,9 +65,7 @@ def wanted(configuration: Configuration, program: Sequence[str], *, search_path:
         BatchctlError: a path cannot be written in a crontab.
     """
     system, zone = local_zone(None), local_zone(configuration.timezone)
-    lines, warnings = [EXPLANATION.encode()], list(_not_started(configuration))
-    for name, batch in configuration.batches.items():
-        warnings.extend(_not_found(name, batch, search_path))
+    lines, warnings = [line.encode() for line in EXPLANATION], list(_not_started(configuration))
     for job in _jobs(configuration, search_path):
         schedule = in_other_zone(job.schedule, zone, system, now)
         if schedule is None:
@@ -80,7 +83,14 @@ def wanted(configuration: Configuration, program: Sequence[str], *, search_path:
         sleep = f"sleep {job.offset // timedelta(seconds=1)};" if job.offset else ""
         start = f"{schedule or job.schedule:<11}  " + (f"{sleep:<9} " if sleep else "")
         lines.append(start.encode() + command_words(words))
-    return Wanted(configuration.path, tuple(lines) if len(lines) > 1 else (), tuple(warnings))
+    return Wanted(
+        path=configuration.path,
+        lines=tuple(lines) if len(lines) > len(EXPLANATION) else (),
+        warnings=tuple(warnings),
+        not_found=tuple(
+            text for name, batch in configuration.batches.items() for text in _not_found(name, batch, search_path)
+        ),
+    )
 
 
 def this_program() -> tuple[str, ...]:

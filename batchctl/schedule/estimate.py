@@ -75,6 +75,16 @@ def estimate(batch: Batch, group: str | None, past: Sequence[PastRun]) -> Estima
     return Estimate(_walked(batch, steps, past), len(past), scaled=True)
 
 
+def step_seconds(batch: Batch, past: Sequence[PastRun]) -> dict[str, float]:
+    """Say how long each step is taken to last, on average over the accounts; those that no run had are left out."""
+    taken = {each.step for run in past for each in run.steps}
+    return {
+        step.id: sum(_step_seconds(batch, step, account, past) for account in batch.accounts) / len(batch.accounts)
+        for step in batch.step
+        if step.id in taken
+    }
+
+
 def _walked(batch: Batch, steps: Sequence[Step], past: Sequence[PastRun]) -> float:
     """Add up the steps as a run does: accounts beside each other, the stages of one after another."""
     stages = batch.stages(steps)

@@ -187,10 +187,6 @@ class Store:
         """List how long the last ten complete runs took: seconds and success, oldest first."""
         return self.session.fetch("run.latest_durations", job=job)
 
-    def step_durations(self, job: str) -> dict[str, float]:
-        """Return the mean seconds of each step in the last ten complete successes."""
-        return {row.step: row.seconds for row in self.session.fetch("run.step_durations", job=job)}
-
     def record_in_series(self, job: str, reason: str, detail: str) -> None:
         """Record a start that was refused; count it into the last row if that has the same reason and nothing started.
 

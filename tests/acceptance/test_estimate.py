@@ -186,6 +186,8 @@ def test_next_of_a_job_without_a_schedule_says_from_when_on_it_may_start(batchct
         batchctl("next", "nosuch", code=2).stderr == "batchctl: no such job: nosuch; configured: daily, daily/search\n"
     )
     assert batchctl("next", "daily", "--at", "soon", code=2).stderr.count("\n") == 1
+    for far in ("9999-12-31T23:59:59", "0001-01-01"):
+        assert "expected a year from 1970 to 2199" in batchctl("next", "daily", "--at", far, code=2).stderr
 
 
 def test_next_names_a_cron_time_that_does_not_exist(batchctl):

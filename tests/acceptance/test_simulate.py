@@ -139,11 +139,11 @@ def test_each_recommendation_gives_the_cadence_that_it_says_when_it_is_simulated
     played = simulate.json(*DAILY, "--duration", "26h", "--gap-factor", "1.2")
     found = recommended(played)
     assert list(found.values()) == sorted(found.values())
-    assert found == {"parallel": 48, "gap": 48, "hourly": 58, "schedule": 60}
+    assert found == {"parallel": 48, "gap": 48, "hourly": 58, "schedule": 60, "every": 72}
     base = ("--duration", "26h", "--gap-factor", "1.2", "--start", "2024-01-01", "--timezone", "UTC")
     for each in played["recommendations"]:
-        if each["kind"] in ("hourly", "schedule"):
-            options = dict(re.findall(r'(schedule|every) = "([^"]+)"', each["text"]))
+        if each["kind"] in ("hourly", "schedule", "every"):
+            options = {"schedule": "0 1 * * *"} | dict(re.findall(r'(schedule|every) = "([^"]+)"', each["text"]))
             arguments = [word for option, value in options.items() for word in (f"--{option}", value)]
             assert simulate.json(*base, *arguments)["cadence_seconds"] == each["cadence_seconds"], each
     halves = simulate.json(*DAILY, "--duration", "13h", "--gap-factor", "1.2")
@@ -153,8 +153,27 @@ def test_each_recommendation_gives_the_cadence_that_it_says_when_it_is_simulated
 def test_what_is_not_better_is_not_recommended(simulate):
     played = simulate.json(*DAILY, "--duration", "26h")
     # Two groups of 13 hours each do not fit into one day one after the other.
-    assert recommended(played) == {"parallel": 24, "hourly": 32, "schedule": 36}
+    assert recommended(played) == {"parallel": 24, "hourly": 32, "schedule": 36, "every": 48}
     assert recommended(simulate.json(*DAILY, "--duration", "20h"))["split"] == 24
+
+
+def test_every_second_day_as_a_rule_is_not_given_up_for_a_short_run(simulate):
+    """26 hours come to 48 by themselves; with `every` they still do after a run of two."""
+    lengths = ("--duration", "26h", "--duration", "2h", "--days", "6")
+    assert [event["reason"] for event in simulate.json(*DAILY, *lengths)["events"]] == [
+        None, "running", None, None, "running", None,
+    ]  # fmt: skip
+    (text,) = [
+        each["text"] for each in simulate.json(*DAILY, "--duration", "26h")["recommendations"]
+        if each["kind"] == "every"
+    ]  # fmt: skip
+    assert text.startswith('every = "48h": what it comes to now becomes the rule')
+    assert [event["reason"] for event in simulate.json(*DAILY, *lengths, "--every", "48h")["events"]] == [
+        None, "running", None, "not_due", None, "running",
+    ]  # fmt: skip
+    hourly = simulate.json("--schedule", "0 * * * *", "--duration", "18h", "--timezone", "UTC")
+    (text,) = [each["text"] for each in hourly["recommendations"] if each["kind"] == "every"]
+    assert text == 'every = "24h": what it comes to now becomes the rule, also after a run that was short'
 
 
 def test_every_second_day_of_a_month_is_no_rhythm(simulate):
@@ -190,6 +209,16 @@ def test_a_year_with_both_changes_of_the_clocks(simulate, schedule, zone, year):
     assert local == [datetime(year, 1, 1).date() + timedelta(days=day) for day in range(365)]
     assert [event["action"] for event in played["events"]] == ["start", "skip"] * 182 + ["start"]
     assert played["cadence_seconds"] == 48 * HOUR
+
+
+def test_every_day_means_each_day_of_both_changes_of_the_clocks(simulate):
+    for day in ("2026-03-27", "2026-10-23"):
+        options = ("--schedule", "0 1 * * *", "--duration", "1h", "--every", "24h", "--timezone", "Europe/London")
+        done = (*options, "--start", day, "--days", "5")
+        assert [event["action"] for event in simulate.json(*done)["events"]] == ["start"] * 5, day
+        # Also the run that ends when clocks show again what they showed at its beginning has a bar.
+        drawn = simulate(*done).stdout
+        assert len(re.findall(r"^\w{3} 2026-\d\d-\d\d  [.#]*#[.#]*$", drawn, re.MULTILINE)) == 5
 
 
 def test_new_york_repeats_half_past_one(simulate):
@@ -318,6 +347,27 @@ def test_the_last_real_durations_are_played(batchctl):
         'two groups with schedules of their own: search at "0 1 * * *" (about 12h0m) and '
         'upload at "0 13 * * *" (about 4h0m)'
     )
+
+
+@pytest.mark.each_server
+def test_after_a_change_of_quantities_the_estimate_is_played(batchctl):
+    steps = 'group = "search"\nquantity = {}', 'group = "upload"'
+    configured = batch([("31", "true", steps[0]), ("61", "true", steps[1])], 'schedule = "0 1 * * *"\ngap_factor = 0.5')
+    batchctl.configure(configured.format(100))
+    batchctl("run-batch", "daily")
+    with psycopg.connect(batchctl.url) as connection:
+        connection.execute("UPDATE batchctl.run SET duration = '12 hours'")
+        connection.execute("UPDATE batchctl.step_run SET started_at = finished_at - interval '6 hours'")
+    arguments = ("simulate", "daily", "--start", "2024-01-01", "--days", "1")
+    assert batchctl.json(*arguments)["events"][0]["ends_at"] == "2024-01-01T13:00:00Z", "as it was"
+    batchctl.configure(configured.format(200))
+    assert batchctl.json("status")["jobs"][0]["estimate_seconds"] == 18 * HOUR
+    played = batchctl.json(*arguments)
+    assert played["events"][0]["ends_at"] == "2024-01-01T19:00:00Z"
+    # The gap is half of the same estimate, and a half of the batch takes what its steps will take.
+    assert played["events"][0]["next_eligible_at"] == "2024-01-02T04:00:00Z"
+    (split,) = [each["text"] for each in played["recommendations"] if each["kind"] == "split"]
+    assert split.endswith('search at "0 1 * * *" (about 12h0m) and upload at "0 13 * * *" (about 6h0m)')
 
 
 def test_no_database_is_asked_when_durations_are_given(batchctl):

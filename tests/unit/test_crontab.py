@@ -264,7 +264,7 @@ def test_the_path_finds_each_command_where_it_is_found_today(tmp_path):
         )
         result = asked(f'[batch.d]\nschedule = "0 1 * * *"\n{steps}', search_path=":".join(map(str, here)))
         (line,) = active(result)
-        return line.split(" PATH=")[1].split()[0].removesuffix(":".join(DEFAULT_PATH)), result.warnings
+        return line.split(" PATH=")[1].split()[0].removesuffix(":".join(DEFAULT_PATH)), result.not_found
 
     assert path("sh", here=[first, "/usr/bin", "/bin"]) == ("", ())
     assert path("own", here=[first, second]) == (f"{first}:", ())

@@ -70,11 +70,16 @@ def london(*moment, fold=0):
         (london(2026, 3, 27, 1, 59, 59), 2, london(2026, 3, 29, 2, 0)),
         (london(2026, 3, 28, 0, 59), 1, london(2026, 3, 29, 0, 59)),
         (london(2026, 3, 28, 2, 0), 1, london(2026, 3, 29, 2, 0)),
-        (london(2026, 3, 29, 2, 0), 1, london(2026, 3, 30, 2, 0)),
+        # There it is that start of 01:00, so the next one is due at 01:00 again.
+        (london(2026, 3, 29, 2, 0), 1, london(2026, 3, 30, 1, 0)),
+        (london(2026, 3, 29, 2, 0, 59), 1, london(2026, 3, 30, 1, 0, 59)),
+        (london(2026, 3, 29, 2, 1), 1, london(2026, 3, 30, 2, 1)),
+        (london(2026, 3, 29, 0, 59), 1, london(2026, 3, 30, 0, 59)),
         # 2026-10-25 has them twice.
         (london(2026, 10, 24, 1, 30), 1, london(2026, 10, 25, 1, 30, fold=0)),
         (london(2026, 10, 25, 1, 30, fold=0), 1, london(2026, 10, 26, 1, 30)),
         (london(2026, 10, 25, 1, 30, fold=1), 1, london(2026, 10, 26, 1, 30)),
+        (london(2026, 10, 25, 1, 0, fold=1), 1, london(2026, 10, 26, 1, 0)),
     ],
     ids=str,
 )
@@ -92,9 +97,9 @@ def test_each_daily_cron_time_of_a_year_is_allowed_by_every_day():
     """By the times that the cron library gives, 59 seconds early after one that was 59 seconds late."""
     for zone in (ZoneInfo("Europe/London"), ZoneInfo("Australia/Lord_Howe")):
         for hour in (1, 2):
-            due = datetime(2026, 1, 1, tzinfo=UTC)
+            due = next_time(f"30 {hour} * * *", datetime(2026, 1, 1, tzinfo=UTC), zone)
             for _ in range(365):
-                start = next_time(f"30 {hour} * * *", due, zone)
+                start = due
                 due = next_time(f"30 {hour} * * *", start, zone)
                 daily = rule(every=timedelta(days=1), zone=zone)
                 late = start + timedelta(seconds=59)

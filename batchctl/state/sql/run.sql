@@ -100,15 +100,6 @@ SELECT seconds, success FROM (
     ORDER BY started_at DESC LIMIT 10
 ) AS latest ORDER BY started_at;
 
--- name: step_durations
--- How long each step takes: the mean over the last ten runs that left nothing out and succeeded.
-SELECT step, avg(extract(epoch FROM s.finished_at - s.started_at))::float8 AS seconds
-FROM {schema}.step_run s
-WHERE outcome = 'success' AND run_id IN (
-    SELECT run_id FROM {schema}.run
-    WHERE job = %(job)s AND outcome = 'success' AND whole AND resumed = 0 ORDER BY started_at DESC LIMIT 10)
-GROUP BY step;
-
 -- name: claim
 -- Claim the batch; no row comes back if another run is live, which the unique index decides.
 INSERT INTO {schema}.run (run_id, batch, job, groups, accounts, steps, host, hostname, boot_id, pid, pid_start_ticks,
