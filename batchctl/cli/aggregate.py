@@ -29,7 +29,9 @@ def aggregate(
     ] = None,
     rollup: Annotated[str | None, typer.Option("--rollup", metavar="R", help="Only this rollup.")] = None,
     rebuild: Annotated[bool, typer.Option("--rebuild", help="Compute a range anew, with --from and --to.")] = False,
-    start: Annotated[str | None, typer.Option("--from", metavar="T", help="Start of the range, inside.")] = None,
+    start: Annotated[
+        str | None, typer.Option("--from", metavar="T", help="Start of the range, inside: 2026-01-31T01:00.")
+    ] = None,
     end: Annotated[str | None, typer.Option("--to", metavar="T", help="End of the range, outside.")] = None,
     jobs: Annotated[
         int, typer.Option("--jobs", metavar="N", min=1, max=64, help="Work a backlog off N chunks at a time.")
@@ -38,7 +40,10 @@ def aggregate(
     skip_exit_code: SkipExitCode = 75,
     json: Json = False,
 ) -> int:
-    """Roll up what changed in a source since the last call; without --grain every grain, finest first."""
+    """Roll up what changed in a source since the last call.
+
+    Without --grain: every grain of every rollup, finest first.
+    """
     from batchctl.cli.interruption import Interrupted, interruptible
     from batchctl.cli.terminal import on_terminal
     from batchctl.rollup.start import Aggregate, exit_code

@@ -78,7 +78,7 @@ class Attempt:
         First the queue, then the source, in two statements: the second sees at least what the first saw. A writer that
         commits in between leaves a note, which the first did not see; its bucket is computed again.
         """
-        taken = self._work.compute("take", low=self._span.low, high=self._span.high)
+        taken = self._work.compute("take", low=self._span.low, high=self._span.high, definition=self._work.described)
         if not taken:
             return
         self._chunk = Chunk(tuple((row.start, row.shown) for row in taken))

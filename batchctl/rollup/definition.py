@@ -25,6 +25,9 @@ ROWS_COLUMN = "batchctl_rows"
 ROW_COLUMN = "batchctl_row"
 """Tells a stored row from a computed one in a refresh; never stored."""
 
+NEXT = "~next"
+"""Ends the name of a version that is built beside the one in use; no configured name holds a tilde."""
+
 RESERVED = frozenset({"bucket", ROWS_COLUMN, ROW_COLUMN, "ctid", "xmin", "cmin", "xmax", "cmax", "tableoid"})
 
 
@@ -225,6 +228,11 @@ def read_definition(name: str, rollup: Rollup, path: Path, zone: str = "UTC") ->
     _check_columns(definition, place)
     _check_retention(definition, place)
     return definition
+
+
+def next_name(name: str) -> str:
+    """Name the version of a rollup, or of a table, that is built beside the one in use."""
+    return f"{name}{NEXT}"
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

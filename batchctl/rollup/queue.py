@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from batchctl.errors import ConfigurationError
 from batchctl.rollup import compose
-from batchctl.rollup.definition import Places, differences
+from batchctl.rollup.definition import Places, differences, next_name
 from batchctl.rollup.work import Work, parameters
 from batchctl.state.database import sql
 
@@ -125,11 +125,11 @@ def look(session: Session, definition: Definition, grain: Grain) -> tuple[Look, 
     rows = session.run(statement, parameters(definition, grain))
     if not rows:
         raise ConfigurationError(f"rollup.{definition.name} has no tables yet; run `batchctl migrate`")
-    work = Work(session, definition, grain, _places(definition, rows[0].definition))
+    work = Work(session, definition, grain, _places(session, definition, rows[0].definition))
     return _look(work, rows[0]), work
 
 
-def _places(definition: Definition, registered: Mapping[str, Any]) -> Places:
+def _places(session: Session, definition: Definition, registered: Mapping[str, Any]) -> Places:
     """Check that the rollup is as it was migrated."""
     before, now = dict(registered), definition.as_json()
     places = before.pop("places")
@@ -142,7 +142,7 @@ def _places(definition: Definition, registered: Mapping[str, Any]) -> Places:
     if before != now:
         raise ConfigurationError(
             f"rollup.{definition.name} has changed since it was migrated ({'; '.join(differences(before, now))}); "
-            "run `batchctl migrate`, which says how to go on"
+            f"{_advice(session, definition.name)}"
         )
     return Places.from_json(places)
 
@@ -169,6 +169,12 @@ def _look(work: Work, row: Any) -> Look:
         floor=row.floor,
         floor_shown=row.floor_shown,
     )
+
+
+def _advice(session: Session, name: str) -> str:
+    if any(row.rollup == next_name(name) for row in session.fetch("rollup.registered")):
+        return "`batchctl migrate` builds its new tables; run it again if it was interrupted"
+    return "run `batchctl migrate`, which builds its new tables"
 
 
 def queue_history(work: Work) -> None:
@@ -216,6 +222,8 @@ def queue_range(work: Work, start: datetime, end: datetime) -> int:
     )
     with work.session.transaction():
         work.steady(UNLIMITED)
+        if not work.run("keep_definition", definition=work.described):
+            raise ConfigurationError(f"rollup.{work.definition.name} has changed meanwhile; run this again")
         rows = work.session.run(statement, {**work.parameters, "start": start, "end": end})
     buckets: int = rows[0].buckets
     return buckets

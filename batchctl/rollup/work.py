@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +41,11 @@ class Work:
     def parameters(self) -> dict[str, Any]:
         """Return the values that the statements share."""
         return parameters(self.definition, self.grain)
+
+    @property
+    def described(self) -> str:
+        """Write the definition as it is registered, so that nothing is computed by one that was replaced."""
+        return json.dumps(self.definition.as_json())
 
     def run(self, name: str, /, **values: Any) -> list[Any]:
         """Execute a statement of the rollups by its name."""

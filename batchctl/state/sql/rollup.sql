@@ -284,13 +284,24 @@ FROM (
     LIMIT %(limit)s
 ) AS newest
 
+-- name: keep_definition
+-- The rollup, unless it was changed; nobody changes it until the end of the transaction.
+SELECT rollup FROM {schema}.rollup
+WHERE rollup = %(rollup)s AND definition - 'places' = %(definition)s::jsonb
+FOR SHARE
+
 -- name: take
 -- The buckets of a range, out of the queue, and whether the table holds anything there. What became too old since it was
--- picked stays for the next tick to sort out.
+-- picked stays for the next tick to sort out. None if the rollup was changed since the tick began: its tables are no
+-- longer those that this tick knows, and the queue is for the new ones.
 WITH taken AS (
     DELETE FROM {schema}.queued_bucket
     WHERE rollup = %(rollup)s AND grain = %(grain)s
         AND bucket >= to_timestamp(%(low)s) AND bucket <= to_timestamp(%(high)s) AND bucket >= {floor}
+        AND EXISTS (
+            SELECT FROM {schema}.rollup
+            WHERE rollup = %(rollup)s AND definition - 'places' = %(definition)s::jsonb
+        )
     RETURNING bucket
 )
 SELECT
