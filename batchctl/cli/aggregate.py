@@ -16,6 +16,7 @@ from batchctl.errors import ConfigurationError, UsageError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from batchctl.rollup.start import Rebuild
     from batchctl.state.store import Store
 
 
@@ -43,22 +44,11 @@ def aggregate(
 
     Without --grain: every grain of every rollup, finest first.
     """
-    from batchctl.cli import render
     from batchctl.cli.interruption import Interrupted, interruptible
     from batchctl.cli.terminal import on_terminal
-    from batchctl.rollup.start import Aggregate, Rebuild, exit_code
+    from batchctl.rollup.start import Aggregate, exit_code
 
-    if rebuild != (start is not None and end is not None) or (start is None) != (end is None):
-        raise UsageError("--rebuild, --from and --to go together: --rebuild --from 2026-01-31 --to 2026-02-01")
-    if rebuild and dry_run:
-        raise UsageError("--dry-run counts what is queued and queues nothing: without --rebuild, please")
-    span = None
-    if start is not None and end is not None:
-        from batchctl.cli.schedule import instant
-
-        span = Rebuild(instant(session, "--from", start), instant(session, "--to", end))
-        if span.start >= span.end:
-            raise UsageError(f"--from {start} --to {end}: expected a start before the end")
+    span = _span(session, rebuild=rebuild, start=start, end=end, dry_run=dry_run)
     view = None
     if on_terminal() and session.verbosity == 0 and not json:
         from batchctl.cli.progress import BacklogView
@@ -78,6 +68,8 @@ def aggregate(
         progress=None if view is None else view.update,
     )
     if dry_run:
+        from batchctl.cli import render
+
         render.waiting(call.waiting(), json=json)
         return 0
     try:
@@ -92,8 +84,30 @@ def aggregate(
     finally:
         if view is not None:
             view.close()
-    render.grain_results(results, json=json, shown=session.shows_results and session.verbosity == 0)
+    shown = session.shows_results and session.verbosity == 0
+    if json or shown:
+        from batchctl.cli import render
+
+        render.grain_results(results, json=json, shown=shown)
     return exit_code(results, skip_exit_code, misconfigured=call.misconfigured)
+
+
+def _span(session: Session, *, rebuild: bool, start: str | None, end: str | None, dry_run: bool) -> Rebuild | None:
+    """Read the range of --rebuild, None without it."""
+    from batchctl.rollup.start import Rebuild
+
+    if rebuild != (start is not None and end is not None) or (start is None) != (end is None):
+        raise UsageError("--rebuild, --from and --to go together: --rebuild --from 2026-01-31 --to 2026-02-01")
+    if rebuild and dry_run:
+        raise UsageError("--dry-run counts what is queued and queues nothing: without --rebuild, please")
+    if start is not None and end is not None:
+        from batchctl.cli.schedule import instant
+
+        span = Rebuild(instant(session, "--from", start), instant(session, "--to", end))
+        if span.start >= span.end:
+            raise UsageError(f"--from {start} --to {end}: expected a start before the end")
+        return span
+    return None
 
 
 @contextmanager
