@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from batchctl.errors import BatchctlError, ConfigurationError, UsageError
-from batchctl.rollup import compose, views
+from batchctl.rollup import compose, partitions, views
 from batchctl.rollup.definition import Places, Table, differences
 from batchctl.rollup.source import find
-from batchctl.rollup.steps import Step, completion, creation, removal, tracking
+from batchctl.rollup.steps import LOCK_MILLISECONDS, LOCK_TIMEOUT, Step, completion, creation, removal, tracking
 from batchctl.state.database import sql
 
 if TYPE_CHECKING:
@@ -19,12 +19,8 @@ if TYPE_CHECKING:
     from batchctl.rollup.definition import Definition
     from batchctl.state.database import Session
 
-# Whoever waits for a lock on the source makes the application wait behind it, so the wait is short and often repeated.
-LOCK_MILLISECONDS = 200
 PAUSE_SECONDS = 0.8
 PATIENCE_SECONDS = 30.0
-LOCK_TIMEOUT = {"55P03", "40P01"}
-"""SQLSTATE of a lock that was not free in time, or that would have been a deadlock."""
 
 
 @dataclass(frozen=True)
@@ -186,6 +182,8 @@ def _plan(session: Session, definition: Definition) -> _Plan:
         steps.insert(0, creation(session, definition, found))
     if lacking := views.missing(session, definition, found):
         steps.append(Step(lacking))
+    # After the triggers: a partition that is not known is one that a tick gives its triggers.
+    steps += partitions.remembering(session, definition, found.places.source, queued=not complete)
     if not complete:
         steps.append(completion(session, definition.name))
     elif missed:

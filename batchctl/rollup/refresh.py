@@ -127,7 +127,7 @@ def tick(  # noqa: PLR0917 - the first five are what every tick has
         return GrainResult(definition.name, grain, "skipped", "paused", detail=message)
     if not seen.known:
         work.run("add_state")
-    if seen.history_queued and not seen.dirty:
+    if seen.history_queued and not (_follow_partitions(seen, work, log) or seen.dirty):
         log.debug(NOTHING, seen.newest)
         work.run("nothing", started=seen.started, until=seen.until, seen=seen.seen)
         return GrainResult(definition.name, grain, "empty", duration_seconds=since(begun, clock))
@@ -238,6 +238,15 @@ def _log_late(call: _Call, late: queue.Late) -> None:
             "%s: %d buckets older than source_retention changed and are not recomputed: %s .. %s",
             *(call.work.grain.name, late.buckets, late.first, late.last),
         )
+
+
+def _follow_partitions(seen: Any, work: Work, log: Logger) -> bool:
+    """Notice partitions that came or went; True if that queued anything."""
+    if not seen.partitioned or work.grain != work.definition.finest:
+        return False
+    from batchctl.rollup.partitions import follow  # noqa: PLC0415 - most sources have none
+
+    return follow(work, log)
 
 
 def _crew(call: _Call) -> AbstractContextManager[Crew]:

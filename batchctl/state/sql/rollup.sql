@@ -47,6 +47,7 @@ SELECT
     registered.definition,
     registered.history_queued_at IS NOT NULL AS history_queued,
     job.known,
+    EXISTS (SELECT FROM {schema}.source_partition WHERE rollup = %(rollup)s) AS partitioned,
     ARRAY(SELECT job FROM {schema}.state WHERE job IN (%(rollup)s, %(job)s) AND paused ORDER BY job) AS paused,
     coalesce(job.queued_from < {open}, false)
         OR EXISTS (
@@ -671,6 +672,9 @@ DELETE FROM {schema}.dirty_bucket WHERE rollup = {rollup}
 
 -- name: forget_queue
 DELETE FROM {schema}.queued_bucket WHERE rollup = {rollup}
+
+-- name: forget_partitions
+DELETE FROM {schema}.source_partition WHERE rollup = {rollup}
 
 -- name: forget_job
 DELETE FROM {schema}.state WHERE job = {job}
