@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from batchctl.errors import BatchctlError, ConfigurationError, UsageError
-from batchctl.rollup import apply, change, compose, views
+from batchctl.rollup import apply, change, compose, partitions, views
 from batchctl.rollup.apply import PATIENCE_SECONDS
 from batchctl.rollup.definition import NEXT, Places, Table, differences, next_name
 from batchctl.rollup.source import find
@@ -253,6 +253,8 @@ def _plan(session: Session, definition: Definition) -> _Plan:
         steps.insert(0, creation(session, definition, found))
     if lacking := views.missing(session, definition, found):
         steps.append(Step(lacking))
+    # After the triggers: a partition that is not known is one that a tick gives its triggers.
+    steps += partitions.remembering(session, definition, found.places.source, queued=not complete)
     if not complete:
         steps.append(completion(session, definition.name))
     elif missed:

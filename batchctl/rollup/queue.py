@@ -91,6 +91,8 @@ class Look(NamedTuple):
     paused: tuple[str, ...]
     """What is paused of the rollup and the job."""
     history_queued: bool
+    partitioned: bool
+    """True if the source's partitions are followed."""
     dirty: bool
     """True if closed buckets wait."""
     seen: str | None
@@ -177,6 +179,7 @@ def _look(work: Work, row: Any) -> Look:
         known=row.known,
         paused=paused,
         history_queued=row.history_queued,
+        partitioned=row.partitioned,
         dirty=closed or (row.queued_from is not None and row.queued_from < now),
         seen=None if noted else unseen.snapshot,
         here=row.here,

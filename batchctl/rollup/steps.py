@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from batchctl.state.database import Session
 
 EVENTS = ("insert", "update", "delete", "truncate")
+# Whoever waits for a lock on the source makes the application wait behind it, so the wait is short and often repeated.
+LOCK_MILLISECONDS = 200
+LOCK_TIMEOUT = {"55P03", "40P01"}
+"""SQLSTATE of a lock that was not free in time, or that would have been a deadlock."""
 
 
 @dataclass(frozen=True)
@@ -104,15 +108,7 @@ def tracking(
                 f"rollup.{definition.name}: {table} has a trigger {min(taken)} that was not made by batchctl for this "
                 "rollup; rename that trigger"
             )
-        statements = [
-            session.statement(
-                f"rollup.create_trigger_{event}",
-                trigger=sql.Identifier(names[event]),
-                table=sql.Identifier(*table),
-                function=sql.Identifier(function),
-            )
-            for event in missing
-        ]
+        statements = [_trigger(session, definition, table, event) for event in missing]
         if again:
             statements.append(
                 session.statement(
@@ -128,6 +124,24 @@ def tracking(
 def trigger_names(schema: str, rollup: str) -> dict[str, str]:
     """Name the triggers of a rollup, by what fires them."""
     return {event: compose.trigger_name(schema, rollup, event) for event in EVENTS}
+
+
+def missing_triggers(session: Session, definition: Definition, table: Table) -> list[sql.Composed]:
+    """List the statements that give one table the triggers that it lacks."""
+    function = compose.function_name(definition.name)
+    rows = session.fetch("rollup.find_triggers", function=function, schema_name=session.schema_name)
+    present = {row.trigger for row in rows if row.enabled and (row.schema, row.table) == table}
+    wanted = trigger_names(session.schema_name, definition.name)
+    return [_trigger(session, definition, table, event) for event in EVENTS if wanted[event] not in present]
+
+
+def _trigger(session: Session, definition: Definition, table: Table, event: str) -> sql.Composed:
+    return session.statement(
+        f"rollup.create_trigger_{event}",
+        trigger=sql.Identifier(compose.trigger_name(session.schema_name, definition.name, event)),
+        table=sql.Identifier(*table),
+        function=sql.Identifier(compose.function_name(definition.name)),
+    )
 
 
 def completion(session: Session, rollup: str) -> Step:
@@ -165,7 +179,7 @@ def removal(session: Session, name: str, registered: Any, triggers: Iterable[Any
             session.statement("rollup.forget_job", job=sql.Literal(f"{name}/{grain}"))
             for grain in registered.definition["grains"]
         ]
-    forgotten = ("forget_notes", "forget_queue", "forget_pause", "forget")
+    forgotten = ("forget_notes", "forget_queue", "forget_partitions", "forget_pause", "forget")
     last += [session.statement(f"rollup.{key}", rollup=rollup) for key in forgotten]
     return [*steps, Step(tuple(last), locks=f"a table of rollup.{name.removesuffix(NEXT)}")]
 

@@ -11,6 +11,7 @@ SELECT
     registered.definition,
     registered.history_queued_at IS NOT NULL AS history_queued,
     state.job IS NOT NULL AS known,
+    EXISTS (SELECT FROM {schema}.source_partition WHERE rollup = %(rollup)s) AS partitioned,
     coalesce(state.paused, false) AS paused,
     coalesce(whole.paused, false) AS rollup_paused,
     extract(epoch FROM state.queued_from)::float8 AS queued_from,
@@ -693,6 +694,9 @@ DELETE FROM {schema}.dirty_bucket WHERE rollup = {rollup}
 
 -- name: forget_queue
 DELETE FROM {schema}.queued_bucket WHERE rollup = {rollup}
+
+-- name: forget_partitions
+DELETE FROM {schema}.source_partition WHERE rollup = {rollup}
 
 -- name: forget_job
 DELETE FROM {schema}.state WHERE job = {job}

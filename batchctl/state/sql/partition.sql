@@ -1,0 +1,81 @@
+-- Statements about the partitions of a source, which come and go without a trigger noticing.
+
+-- name: tree
+-- A source and its partitions of all levels, with what their bounds say of the time, a part of `changes`. Bounds are
+-- text, to be read as they were written. A partition that is being detached no longer shows its rows.
+setting AS MATERIALIZED (SELECT set_config('DateStyle', 'ISO', true), set_config('TimeZone', 'UTC', true)),
+tree AS (
+    SELECT to_regclass(%(source)s)::oid AS relation, '-infinity'::timestamptz AS low, 'infinity'::timestamptz AS high
+    FROM setting
+    WHERE to_regclass(%(source)s) IS NOT NULL
+    UNION
+    SELECT
+        inhrelid,
+        greatest(tree.low, bounds[1]::timestamptz),
+        -- Only with further columns in the key does a partition hold rows of its upper bound itself.
+        least(tree.high, bounds[2]::timestamptz - CASE partnatts WHEN 1 THEN interval '1us' ELSE interval '0' END)
+    FROM tree
+    JOIN pg_inherits ON inhparent = tree.relation AND NOT inhdetachpending
+    JOIN pg_class AS child ON child.oid = inhrelid
+    LEFT JOIN pg_partitioned_table ON partrelid = inhparent AND partstrat = 'r'
+    LEFT JOIN pg_attribute AS key ON key.attrelid = inhparent AND key.attnum = partattrs[0] AND key.attname = %(time)s
+    CROSS JOIN LATERAL (
+        SELECT CASE WHEN key.attname IS NOT NULL THEN ARRAY[
+            (regexp_match(pg_get_expr(relpartbound, child.oid), $$^FOR VALUES FROM \('([^']*)'$$))[1],
+            (regexp_match(pg_get_expr(relpartbound, child.oid), $$ TO \('([^']*)'$$))[1]
+        ] END AS bounds
+    ) AS written
+)
+
+-- name: changes
+-- How the partitions differ from those that were remembered, and which of those are not done with.
+WITH RECURSIVE {tree}
+SELECT
+    coalesce(tree.relation, known.relation)::bigint AS relation,
+    namespace.nspname AS schema, class.relname AS name, class.relkind::text AS kind,
+    tree.low::text AS low, tree.high::text AS high,
+    tree.relation IS NULL AS gone,
+    coalesce(known.tracked, false) AS tracked,
+    coalesce(known.queued, false) AS queued
+FROM tree
+FULL JOIN (SELECT * FROM {schema}.source_partition WHERE rollup = %(rollup)s) AS known
+    ON known.relation = tree.relation AND known.low = tree.low AND known.high = tree.high
+LEFT JOIN pg_class AS class ON class.oid = tree.relation
+LEFT JOIN pg_namespace AS namespace ON namespace.oid = class.relnamespace
+WHERE (known.relation IS NULL OR tree.relation IS NULL OR NOT known.tracked OR NOT known.queued)
+    -- Without its source a rollup is in error, and not empty.
+    AND EXISTS (SELECT FROM tree)
+ORDER BY gone DESC, namespace.nspname, class.relname
+
+-- name: queue_gone
+-- Forgets partitions that are gone, and notes what the table has of the time they covered.
+WITH gone AS (
+    DELETE FROM {schema}.source_partition
+    WHERE rollup = %(rollup)s AND relation = ANY (%(relations)s::oid[])
+    RETURNING CASE WHEN isfinite(low) THEN {bucket_of_low} ELSE low END AS low, high
+), noted AS (
+    INSERT INTO {schema}.dirty_bucket (rollup, grain, bucket)
+    SELECT DISTINCT %(rollup)s, %(grain)s, kept.bucket
+    FROM gone
+    JOIN {target} AS kept ON kept.bucket >= gone.low AND kept.bucket <= gone.high
+    WHERE kept.bucket >= {floor}
+    RETURNING bucket
+)
+SELECT count(*) AS buckets FROM noted
+
+-- name: queue_new
+-- Notes the buckets of a partition.
+WITH noted AS (
+    INSERT INTO {schema}.dirty_bucket (rollup, grain, bucket)
+    SELECT DISTINCT %(rollup)s, %(grain)s, {bucket}
+    FROM ONLY {partition}
+    WHERE isfinite({time}) AND {time} >= {floor} AND {bucket} >= {floor}
+    RETURNING bucket
+)
+SELECT count(*) AS buckets FROM noted
+
+-- name: remember
+INSERT INTO {schema}.source_partition (rollup, relation, low, high, tracked, queued)
+VALUES {rows}
+ON CONFLICT (rollup, relation) DO UPDATE
+SET low = excluded.low, high = excluded.high, tracked = excluded.tracked, queued = excluded.queued
