@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from batchctl.errors import ConfigurationError
 from batchctl.rollup import compose, views
 from batchctl.rollup.definition import Places, next_name
 from batchctl.rollup.source import find
 from batchctl.rollup.steps import Step, completion, creation, removal, tracking
 from batchctl.rollup.swap import Change, next_places
+from batchctl.state.database import sql
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -41,6 +43,7 @@ def begin(session: Session, definition: Definition, before: Any, differences: Se
     """
     found = find(session, definition, None, set(Places.from_json(before.places).targets.values()))
     change = Change(before, definition, found, tuple(differences))
+    _refuse_loss(session, change)
     # Only to see now rather than after hours that a name is taken.
     views.creation(session, definition, found)
     made, making = _row(session, definition.name), (next_name(definition.name), definition.as_json())
@@ -73,6 +76,25 @@ def discard(session: Session, name: str) -> tuple[Step, ...]:
         replace(first, expects=((new, described),)),
         *(replace(step, expects=((new, leaving),)) for step in rest),
     )
+
+
+def _refuse_loss(session: Session, change: Change) -> None:
+    """Refuse to replace tables that hold what can no longer be computed."""
+    definition = change.definition
+    if not definition.retention_seconds:
+        return
+    floor = compose.floor(definition, definition.finest)
+    for table in change.before_places.targets.values():
+        if not session.fetch_one("rollup.name_taken", schema_name=table.schema, table=table.name).relation:
+            continue
+        statement = session.statement("swap.is_kept_only_here", target=sql.Identifier(*table), floor=floor)
+        if session.run(statement)[0].kept:
+            raise ConfigurationError(
+                f"rollup.{definition.name} has changed ({'; '.join(change.differences)}), and {table} holds buckets "
+                "older than its source_retention, which cannot be built anew; undo the change, or configure it as a "
+                f"rollup of another name and target, or give them up: `batchctl migrate --drop {definition.name}`, "
+                "then `batchctl migrate`"
+            )
 
 
 def _row(session: Session, name: str) -> Any:

@@ -65,11 +65,11 @@ def test_a_change_is_said_planned_carried_out_and_silent_under_cron(batchctl, co
 
 
 def test_a_migrate_that_is_killed_while_it_builds_is_continued_by_the_next(batchctl, connection, database_url):
-    with psycopg.connect(database_url) as other:
-        migration = None
+    with psycopg.connect(database_url) as reader, psycopg.connect(database_url) as other:
+        # However slow this test is, the swap does not come before it has looked.
+        reader.execute("SELECT FROM agg_5m")
+        migration = batchctl.start("migrate")
         try:
-            # Without a job to hold the build would be over too soon.
-            migration = batchctl.start("migrate")
             wait_for(lambda: connection.execute(HALF_BUILT).fetchone()[0], what="new tables")
             wait_for(
                 lambda: (

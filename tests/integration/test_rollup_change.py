@@ -315,6 +315,18 @@ def test_rows_that_the_new_definition_cannot_compute_leave_the_old_tables_in_use
     assert [result.outcome for result in ticks(session, OLD)] == ["success"] * 3
 
 
+def test_tables_that_hold_what_the_source_need_not_hold_are_not_replaced(session, connection):
+    begun_with(session, connection)
+    connection.execute("DELETE FROM fact_events WHERE occurred_at < '2025-11-13'")
+    before = shape(connection)
+    with pytest.raises(ConfigurationError, match=r"public\.agg_1. holds buckets older than its source_retention"):
+        migrate(session, [replace(DEFINITION, retention_seconds=86400.0)], CLOCK)
+    assert shape(connection) == before
+    # Without such buckets there is nothing to lose.
+    connection.execute("TRUNCATE agg_1m, agg_5m, agg_1h")
+    assert migrate(session, [replace(DEFINITION, retention_seconds=86400.0)], CLOCK).changed == ("trend",)
+
+
 def test_rights_on_the_old_tables_are_kept(session, connection):
     begun_with(session, connection)
     role = f"reader_{connection.info.dbname}"

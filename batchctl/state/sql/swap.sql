@@ -1,5 +1,9 @@
 -- Statements that put the new version of a rollup in the place of the old one.
 
+-- name: is_kept_only_here
+-- Whether a table holds what its source need not hold any more, so that it cannot be built anew.
+SELECT EXISTS (SELECT FROM {target} WHERE bucket < {floor}) AS kept
+
 -- name: hold_jobs
 -- No tick of either version is at work, and none begins.
 SELECT job FROM {schema}.state WHERE job = ANY ({jobs}) ORDER BY job FOR UPDATE
