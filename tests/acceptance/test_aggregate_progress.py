@@ -13,6 +13,8 @@ from terminal import Terminal
 
 from batchctl.clock import SystemClock
 
+pytestmark = pytest.mark.any_user
+
 CLOCK = SystemClock()
 BUCKETS = 360
 CURSOR_OFF, CURSOR_ON = "\x1b[?25l", "\x1b[?25h"

@@ -7,6 +7,8 @@ import pytest
 from rollup_source import CONFIGURATION, create_source, differences
 from support import wait_for
 
+pytestmark = pytest.mark.any_user
+
 INSERT = """
 INSERT INTO fact_events (occurred_at, event_type, item, value)
 SELECT '2025-11-13 00:00Z'::timestamptz + n * interval '1 minute', 'view', 'a', n FROM generate_series(1, 600) AS n

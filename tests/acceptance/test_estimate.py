@@ -11,6 +11,8 @@ import psycopg
 import pytest
 from support import batch, wait_for
 
+pytestmark = pytest.mark.any_user
+
 GO = "touch started; while ! test -e go; do sleep 0.05; done"
 
 

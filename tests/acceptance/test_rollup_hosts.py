@@ -14,6 +14,8 @@ from rollup_source import CONFIGURATION, GRAINS, PARTITIONED, PLAIN, create_sour
 from rollup_writers import CLOCK, Writer
 from support import Command
 
+pytestmark = pytest.mark.any_user
+
 SEED = int(os.environ.get("BATCHCTL_TEST_SEED", "0")) or random.SystemRandom().randrange(1, 10**9)
 SECONDS = 8
 WRITERS = 3

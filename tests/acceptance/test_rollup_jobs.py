@@ -11,6 +11,8 @@ from psycopg.conninfo import make_conninfo
 from rollup_source import CONFIGURATION, GRAINS, create_source, differences
 from support import Command, wait_for
 
+pytestmark = pytest.mark.any_user
+
 ROWS = 100_000
 HISTORY = f"""
 INSERT INTO fact_events (owner, occurred_at, event_type, item, value, weight)

@@ -31,6 +31,8 @@ from support import Command, wait_for
 if TYPE_CHECKING:
     from pathlib import Path
 
+pytestmark = pytest.mark.any_user
+
 SEED = int(os.environ.get("BATCHCTL_TEST_SEED", "0")) or random.SystemRandom().randrange(1, 10**9)
 WRITERS = 4
 TRANSACTIONS = 8

@@ -14,6 +14,8 @@ import psycopg
 import pytest
 from support import PROGRAM, batch
 
+pytestmark = pytest.mark.any_user
+
 HOUR = 3600
 DAILY = ("--schedule", "0 1 * * *", "--start", "2024-01-01", "--timezone", "UTC")
 

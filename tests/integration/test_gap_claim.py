@@ -24,6 +24,8 @@ from batchctl.state.host import this_host
 from batchctl.state.journal import Journal
 from batchctl.state.store import open_store
 
+pytestmark = pytest.mark.any_user
+
 HOUR = timedelta(hours=1)
 GROUPS = [("31", "true", 'group = "search"'), ("61", "true", 'group = "upload"')]
 
