@@ -200,6 +200,7 @@ class Rollup(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
         default_factory=lambda: {"1m": parse_duration("5s"), "5m": parse_duration("15s")}
     )
     settle: Duration = duration_default("3s")
+    source_retention: OptionalDuration = msgspec.field(default_factory=OptionalDuration)
     budget: Duration = duration_default("50s")
     hours: str = ""
     enabled: bool = True

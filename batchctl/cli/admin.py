@@ -17,7 +17,10 @@ STARTER = Path(__file__).with_name("starter.toml")
 
 @command("init")
 def init(session: Session) -> int:
-    """Write a commented starter configuration, on the embedded database; never overwrite one."""
+    """Write a commented starter configuration.
+
+    It uses the embedded database. A file that exists is never overwritten.
+    """
     from batchctl.cli import render
     from batchctl.config_file import FILE_NAME
 
@@ -43,7 +46,10 @@ def migrate(
         str | None, typer.Option("--drop", metavar="ROLLUP", help="Take a rollup's tables and tracking away again.")
     ] = None,
 ) -> int:
-    """Upgrade the schema, make the tables of rollups and the triggers that notice what changes."""
+    """Upgrade the schema, make tables and triggers of rollups.
+
+    The triggers notice what changes in the source. Calling it again does no harm.
+    """
     from batchctl.cli import render
     from batchctl.rollup import ddl
     from batchctl.state.migrate import upgrade
@@ -58,9 +64,18 @@ def migrate(
             statements = ddl.drop(connection, drop, session.clock, dry_run=dry_run)
             done = [f"Dropped {drop}."]
         else:
-            made = ddl.migrate(connection, definitions, session.clock, dry_run=dry_run)
+            made = ddl.migrate(
+                connection,
+                definitions,
+                session.clock,
+                dry_run=dry_run,
+                logger=session.logger,
+                say=render.line if session.shows_results else lambda _: None,
+            )
             statements, warnings = made.statements, made.warnings
             done = [f"Made the tables and triggers of {name}." for name in made.created]
+            done += [f"The new tables of {name} took the place of the old ones." for name in made.changed]
+            done += [f"Dropped the unfinished new tables of {name}." for name in made.discarded]
     if dry_run:
         render.statements([*upgraded.statements, *statements] or ["-- Nothing to do"])
     lines = [*(f"Applied {name}." for name in upgraded.names), *done]
@@ -81,7 +96,7 @@ def demo(
     stop: Annotated[bool, typer.Option("--stop", help="End the demo's database server.")] = False,
     clean: Annotated[bool, typer.Option("--clean", help="End the server and remove the directory.")] = False,
 ) -> int:
-    """Show everything at work, once: a real batch and real rollups on a real day's sales."""
+    """Show a batch and rollups at work on a day's real sales."""
     from batchctl.cli import render
     from batchctl.demo import tour
 

@@ -28,7 +28,9 @@ def aggregate(
     ] = None,
     rollup: Annotated[str | None, typer.Option("--rollup", metavar="R", help="Only this rollup.")] = None,
     rebuild: Annotated[bool, typer.Option("--rebuild", help="Compute a range anew, with --from and --to.")] = False,
-    start: Annotated[str | None, typer.Option("--from", metavar="T", help="Start of the range, inside.")] = None,
+    start: Annotated[
+        str | None, typer.Option("--from", metavar="T", help="Start of the range, inside: 2026-01-31T01:00.")
+    ] = None,
     end: Annotated[str | None, typer.Option("--to", metavar="T", help="End of the range, outside.")] = None,
     jobs: Annotated[
         int, typer.Option("--jobs", metavar="N", min=1, max=64, help="Work a backlog off N chunks at a time.")
@@ -37,9 +39,13 @@ def aggregate(
     skip_exit_code: SkipExitCode = 75,
     json: Json = False,
 ) -> int:
-    """Roll up what changed in a source since the last call; without --grain every grain, finest first."""
+    """Roll up what changed in a source since the last call.
+
+    Without --grain: every grain of every rollup, finest first.
+    """
     from batchctl.cli import render
-    from batchctl.cli.schedule import instant
+    from batchctl.cli.interruption import Interrupted, interruptible
+    from batchctl.cli.terminal import on_terminal
     from batchctl.rollup.start import Aggregate, Rebuild, exit_code
 
     if rebuild != (start is not None and end is not None) or (start is None) != (end is None):
@@ -48,9 +54,16 @@ def aggregate(
         raise UsageError("--dry-run counts what is queued and queues nothing: without --rebuild, please")
     span = None
     if start is not None and end is not None:
+        from batchctl.cli.schedule import instant
+
         span = Rebuild(instant(session, "--from", start), instant(session, "--to", end))
         if span.start >= span.end:
             raise UsageError(f"--from {start} --to {end}: expected a start before the end")
+    view = None
+    if on_terminal() and session.verbosity == 0 and not json:
+        from batchctl.cli.progress import BacklogView
+
+        view = BacklogView(session.clock)
     call = Aggregate(
         configuration=session.configuration,
         definitions=session.definitions(rollup),
@@ -62,11 +75,23 @@ def aggregate(
         journal=lambda: session.journal,
         rebuild=span,
         jobs=jobs,
+        progress=None if view is None else view.update,
     )
     if dry_run:
         render.waiting(call.waiting(), json=json)
         return 0
-    results = call.run()
+    try:
+        with interruptible():
+            results = call.run()
+    except Interrupted as interrupted:
+        if session.log is not None:
+            session.log.error(  # noqa: TRY400 - where it was interrupted concerns nobody
+                "Ended by %s; what is not aggregated yet stays queued.", interrupted.name
+            )
+        return interrupted.exit_code
+    finally:
+        if view is not None:
+            view.close()
     render.grain_results(results, json=json, shown=session.shows_results and session.verbosity == 0)
     return exit_code(results, skip_exit_code, misconfigured=call.misconfigured)
 

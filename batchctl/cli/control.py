@@ -20,7 +20,10 @@ Job = Annotated[
 
 @command("pause")
 def pause(session: Session, job: Job) -> int:
-    """Refuse starts of a job and of all below it; a run in progress goes on."""
+    """Refuse starts of a job and all below it.
+
+    A run in progress goes on.
+    """
     from batchctl.cli import render
     from batchctl.report.jobs import JobReader
 
@@ -38,7 +41,7 @@ def pause(session: Session, job: Job) -> int:
 
 @command("unpause")
 def unpause(session: Session, job: Job) -> int:
-    """Allow starts of a job and of all below it again."""
+    """Allow starts of a job and all below it again."""
     from batchctl.cli import render
     from batchctl.guard.pause import lifted_by
 
@@ -78,12 +81,17 @@ def _go_on(running: list[JobStatus]) -> list[str]:
 @command("stop")
 def stop(
     session: Session,
-    batch: Annotated[str | None, typer.Argument(help="Which batch, if several are configured.")] = None,
+    batch: Annotated[
+        str | None, typer.Argument(metavar="BATCH", help="Which batch, if several are configured.")
+    ] = None,
     *,
     after_step: Annotated[bool, typer.Option("--after-step", help="Let the running steps end by themselves.")] = False,
     now: Annotated[bool, typer.Option("--now", help="Kill the running steps, without grace.")] = False,
 ) -> int:
-    """Ask the live run of a batch to end, wherever it runs; return at once."""
+    """Ask the live run of a batch to end.
+
+    Wherever it runs; the command returns at once, and status shows when the run has ended.
+    """
     from batchctl.batch.interruption import Stop
     from batchctl.batch.stop import ask_to_end
     from batchctl.cli import render

@@ -35,7 +35,10 @@ def crontab(
     *,
     yes: Annotated[bool, typer.Option("--yes", help="Change the crontab without asking.")] = False,
 ) -> int:
-    """Put the configuration's lines into your crontab, between markers; all others are left as they are."""
+    """Show the lines for cron, put them into your crontab, or out.
+
+    They stand between markers; all other lines are left as they are.
+    """
     if action is Action.SHOW:
         if yes:
             raise UsageError("--yes goes with install and remove; show changes nothing")

@@ -20,7 +20,10 @@ def doctor(
     as_cron: Annotated[bool, typer.Option("--as-cron", help="Look from inside cron's environment.")] = False,
     json: Json = False,
 ) -> int:
-    """Check everything that makes cron jobs fail silently, and say what to do."""
+    """Check everything that makes cron jobs fail silently.
+
+    And say what to do.
+    """
     from batchctl.cli import render
     from batchctl.doctor.cron_environment import examine_as_cron
     from batchctl.doctor.examination import Examination

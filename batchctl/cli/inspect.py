@@ -14,7 +14,10 @@ from batchctl.errors import UsageError, choices
 
 @command("status")
 def status(session: Session, *, json: Json = False) -> int:
-    """Show each job: running, idle or paused, when it last ran, when it may next."""
+    """Show each job: its state, its last run, when it may start.
+
+    A job is a batch, a group of one (daily/upload) or a rollup's grain (trend/1m).
+    """
     from batchctl.cli import render
     from batchctl.report.jobs import JobReader
 
@@ -27,7 +30,7 @@ def status(session: Session, *, json: Json = False) -> int:
 @command("history")
 def history(
     session: Session,
-    job: Annotated[str | None, typer.Argument(help="Only this job, and what is below it.")] = None,
+    job: Annotated[str | None, typer.Argument(metavar="JOB", help="Only this job, and what is below it.")] = None,
     *,
     limit: Annotated[int, typer.Option("--limit", "-n", metavar="N", min=1, help="How many entries.")] = 20,
     json: Json = False,

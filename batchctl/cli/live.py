@@ -24,12 +24,13 @@ if TYPE_CHECKING:
     from batchctl.batch.result import StepResult
 
 Rows = dict[tuple[str, str], "StepResult | None"]
+HEADINGS = ("account", "step")
 OUTCOME_ROOM = 22
 """Columns of the terminal for an outcome, a duration, and the spaces between all columns."""
 STYLES = {"success": "green", "failed": "red", "timeout": "red", "stopped": "yellow", "not_run": "dim"}
 
 
-class _Live(Live):
+class HarmlessLive(Live):
     """Goes on in silence when the terminal goes away, also in the thread that refreshes it."""
 
     def start(self, refresh: bool = False) -> None:
@@ -65,7 +66,7 @@ class LiveRun:
             self._began.setdefault(key, self._clock.monotonic())
             self._spinners.setdefault(key, Spinner("dots"))
         if self._live is None:
-            self._live = _Live(get_renderable=self._draw, console=self._console, refresh_per_second=4)
+            self._live = HarmlessLive(get_renderable=self._draw, console=self._console, refresh_per_second=4)
             self._live.start()
 
     def close(self) -> None:
@@ -80,10 +81,10 @@ class LiveRun:
         # The last line stays free for the cursor, the first is the headings.
         shown = fitting(self._rows, None if self._over else height - 2 - len(footer))
         room = width - OUTCOME_ROOM
-        longest = [max(cell_len(name[part]) for name in self._rows) for part in (0, 1)]
+        longest = [max(cell_len(name[part]) for name in (HEADINGS, *self._rows)) for part in (0, 1)]
         account_room = min(longest[0], max(room // 2, room - longest[1]))
         table = Table(box=None, pad_edge=False, header_style="bold")
-        for name, most in (("account", account_room), ("step", room - account_room)):
+        for name, most in zip(HEADINGS, (account_room, room - account_room), strict=True):
             # While it is drawn anew each row has one line; what is left on the screen has everything.
             table.add_column(
                 name, no_wrap=not self._over, overflow="fold" if self._over else "ellipsis", max_width=most

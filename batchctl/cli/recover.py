@@ -19,7 +19,7 @@ def orphans(
     kill: Annotated[bool, typer.Option("--kill", help="End them: SIGTERM, grace, SIGKILL.")] = False,
     json: Json = False,
 ) -> int:
-    """Show what earlier runs left alive on this host, and end it if asked to."""
+    """Show, or end, what earlier runs left alive on this host."""
     from batchctl.batch.recovery import Leftovers, ask_recorded
     from batchctl.cli import render
     from batchctl.state.host import this_host
@@ -44,13 +44,16 @@ def orphans(
 @command("recover")
 def recover(
     session: Session,
-    run: Annotated[str | None, typer.Argument(help="Which run; without it every dead run of this host.")] = None,
+    run: Annotated[
+        str | None,
+        typer.Argument(metavar="RUN", help="Which run; without it every dead run of the configured batches."),
+    ] = None,
     *,
     force: Annotated[
         bool, typer.Option("--force", help="Also if its claim is not over: you know that its host is gone.")
     ] = False,
 ) -> int:
-    """Close a run that died, so that nothing waits for it any more."""
+    """Close a run that died: nothing waits for it any more."""
     from batchctl.batch.recovery import Recovery
     from batchctl.cli import render
     from batchctl.state.host import this_host

@@ -20,7 +20,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON
 @command("run-batch")
 def run_batch(
     session: Session,
-    batch: Annotated[str | None, typer.Argument(help="Which batch, if several are configured.")] = None,
+    batch: Annotated[
+        str | None, typer.Argument(metavar="BATCH", help="Which batch, if several are configured.")
+    ] = None,
     *,
     account: Annotated[str | None, typer.Option("--account", metavar="A", help="Only this account.")] = None,
     group: Annotated[str | None, typer.Option("--group", metavar="G", help="Only the steps of this group.")] = None,

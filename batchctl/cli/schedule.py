@@ -34,12 +34,19 @@ def instant(session: Session, option: str, text: str) -> datetime:
 @command("next")
 def next_start(
     session: Session,
-    job: Annotated[str | None, typer.Argument(help="A batch, a group (daily/upload) or a rollup's grain.")] = None,
+    job: Annotated[
+        str | None, typer.Argument(metavar="JOB", help="A batch, a group (daily/upload) or a rollup's grain.")
+    ] = None,
     *,
-    at: Annotated[str | None, typer.Option("--at", metavar="T", help="As if it were then.", show_default=False)] = None,
+    at: Annotated[
+        str | None, typer.Option("--at", metavar="T", help="As if it were then: 2026-01-31T01:00.", show_default=False)
+    ] = None,
     json: Json = False,
 ) -> int:
-    """Show the first cron time that every guard will allow, and what each guard says."""
+    """Show the first cron time that every guard will allow.
+
+    And what each guard says now.
+    """
     from batchctl.cli import render
     from batchctl.report.jobs import JobReader
 

@@ -24,7 +24,7 @@ MOST_FACTOR = 100
 @command("simulate")
 def simulate(
     session: Session,
-    batch: Annotated[str | None, typer.Argument(help="A configured batch.")] = None,
+    batch: Annotated[str | None, typer.Argument(metavar="BATCH", help="A configured batch.")] = None,
     *,
     schedule: Annotated[
         str | None, typer.Option(metavar="CRON", help="Its cron time, in quotes.", show_default=False)
@@ -54,7 +54,11 @@ def simulate(
     timezone: Annotated[str | None, typer.Option(metavar="TZ", help="Time zone.", show_default=False)] = None,
     json: Json = False,
 ) -> int:
-    """Play a schedule against durations: what starts, what is skipped, what would be better."""
+    """Play a schedule: what starts, what is skipped, what is better.
+
+    --schedule and --duration alone are enough; with a configuration they stand in for what it says, and without
+    --duration the last real runs are played.
+    """
     from batchctl.cli import render
     from batchctl.report.scenario import Wish
     from batchctl.report.simulation import simulate as play
@@ -131,7 +135,11 @@ def _with_history(session: Session, scenario: Scenario, jobs: tuple[str | None, 
         for job in (job for job in jobs if job is not None and job not in lengths):
             latest = store.latest_durations(job)
             if not latest:
-                raise UsageError(f"{job} has no complete run yet, so nothing is known of its duration; give --duration")
+                form = f"{job.partition('/')[2]}=6h" if "/" in job else "6h"
+                raise UsageError(
+                    f"{job} has no complete run of its own yet, so nothing is known of its duration; "
+                    f"give --duration, for instance --duration {form}"
+                )
             expected = estimate(scenario.batch, job.partition("/")[2] or None, store.past_runs(job))
             if expected.scaled:
                 lengths[job], known[job] = (Length(expected.duration),), (expected.seconds,)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from batchctl.errors import BatchctlError, DatabaseUnavailableError
@@ -37,7 +37,7 @@ class Chunk:
 
 
 def refresh_chunk(work: Work, span: Range, clock: Clock, log: Logger, *, hold: str = "hold") -> Chunk | None:
-    """Recompute the buckets of a range; None if the job is held elsewhere.
+    """Recompute the buckets of a range in a transaction; None if the job is held elsewhere.
 
     Args:
         work: The grain.
@@ -46,27 +46,57 @@ def refresh_chunk(work: Work, span: Range, clock: Clock, log: Logger, *, hold: s
         log: Takes the lines.
         hold: How the job is locked: `join_holder` for a session that works for the holder.
     """
-    at, begun = clock.now(), clock.monotonic()
-    buckets: tuple[tuple[int, str], ...] = ()
+    attempt = Attempt(work, span, clock, log)
     try:
         with work.session.transaction():
             if not work.hold(hold):
                 return None
-            # First the queue, then the source, in two statements: the second sees at least what the first saw. A writer
-            # that commits in between leaves a note, which the first did not see; its bucket is computed again.
-            taken = work.compute("take", low=span.low, high=span.high)
-            buckets = tuple((row.start, row.shown) for row in taken)
-            if not buckets:
-                return Chunk(())
-            done = _replace(work, taken)
+            attempt.compute()
     except BatchctlError as error:
-        if not buckets or not _lies_in_the_rows(error):
-            raise
-        return Chunk(buckets, failure=" ".join(str(error).split()))
-    took = since(begun, clock)
-    chunk = Chunk(buckets, done.source_rows, done.events, done.rows_written, done.rows_deleted, took)
-    _log_chunk(log, work.grain.name, chunk, at, took)
-    return chunk
+        return attempt.failed(error)
+    return attempt.succeeded()
+
+
+class Attempt:
+    """One attempt to recompute a range of buckets, in a transaction that holds the job.
+
+    Args:
+        work: The grain.
+        span: The range.
+        clock: Measures the duration.
+        log: Takes the lines.
+    """
+
+    def __init__(self, work: Work, span: Range, clock: Clock, log: Logger) -> None:
+        self._work, self._span, self._clock, self._log = work, span, clock, log
+        self._at, self._begun = clock.now(), clock.monotonic()
+        self._chunk = Chunk(())
+
+    def compute(self) -> None:
+        """Take the buckets out of the queue and replace them.
+
+        First the queue, then the source, in two statements: the second sees at least what the first saw. A writer that
+        commits in between leaves a note, which the first did not see; its bucket is computed again.
+        """
+        taken = self._work.compute("take", low=self._span.low, high=self._span.high, definition=self._work.described)
+        if not taken:
+            return
+        self._chunk = Chunk(tuple((row.start, row.shown) for row in taken))
+        done = _replace(self._work, taken)
+        counts = {key: getattr(done, key) for key in ("source_rows", "events", "rows_written", "rows_deleted")}
+        self._chunk = replace(self._chunk, duration_seconds=since(self._begun, self._clock), **counts)
+
+    def succeeded(self) -> Chunk:
+        """Log what was committed, and return it."""
+        if self._chunk.buckets:
+            _log_chunk(self._log, self._work.grain.name, self._chunk, self._at)
+        return self._chunk
+
+    def failed(self, error: BatchctlError) -> Chunk:
+        """Return what failed, if that lies in the rows of the buckets; raise the error again if not."""
+        if not self._chunk.buckets or not _lies_in_the_rows(error):
+            raise error
+        return Chunk(self._chunk.buckets, failure=" ".join(str(error).split()))
 
 
 def since(begun: float, clock: Clock) -> float:
@@ -94,7 +124,7 @@ def _lies_in_the_rows(error: BatchctlError) -> bool:
     )
 
 
-def _log_chunk(log: Logger, grain: str, chunk: Chunk, at: datetime, duration: float) -> None:
+def _log_chunk(log: Logger, grain: str, chunk: Chunk, at: datetime) -> None:
     # The counts are known only now; the line carries the time at which it became true.
     extra = {"at": at}
     if len(chunk.buckets) == 1:
@@ -107,7 +137,7 @@ def _log_chunk(log: Logger, grain: str, chunk: Chunk, at: datetime, duration: fl
             *(grain, len(chunk.buckets), chunk.buckets[0][1], chunk.buckets[-1][1], chunk.events),
             extra=extra,
         )
-    log.info("%s aggregation completed: %d rows in %.2fs", grain, chunk.rows_written, duration)
+    log.info("%s aggregation completed: %d rows in %.2fs", grain, chunk.rows_written, chunk.duration_seconds)
 
 
 def _ranges(taken: Iterable[Any]) -> list[tuple[int, int]]:

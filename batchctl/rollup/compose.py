@@ -103,19 +103,12 @@ def open_bucket(session: Session, definition: Definition, grain: Grain) -> sql.C
     return bucket_of(session, grain, sql.SQL("now() - interval {}").format(settle))
 
 
-def aggregated_until(session: Session, definition: Definition, grain: Grain) -> sql.Composed:
-    """Write how far a tick that finds nothing more to do has looked: a coarser grain sees what the finer one wrote."""
-    now = open_bucket(session, definition, grain)
-    finer = definition.finer(grain.name)
-    if finer is None:
-        return now
-    seen = sql.SQL("(SELECT aggregated_until FROM {}.state WHERE job = {})").format(
-        session.schema, text(definition.job(finer.name))
-    )
-    # Unknown as long as the finer grain has not looked at all.
-    return sql.SQL("CASE WHEN {seen} IS NOT NULL THEN least({now}, {bucket}) END").format(
-        seen=seen, now=now, bucket=bucket_of(session, grain, seen)
-    )
+def floor(definition: Definition, grain: Grain) -> sql.Composable:
+    """Write the instant before which no bucket may be computed anew, because its source rows may be gone."""
+    # A coarser grain is built from a table of ours, whose rows stay.
+    if definition.finer(grain.name) is None and definition.retention_seconds:
+        return sql.SQL("(now() - interval {})").format(text(f"{definition.retention_seconds} seconds"))
+    return sql.SQL("'-infinity'::timestamptz")
 
 
 def text(value: str) -> sql.SQL:

@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from batchctl.errors import BatchctlError, ConfigurationError, UsageError
-from batchctl.rollup import compose, views
-from batchctl.rollup.definition import Places, Table, differences
+from batchctl.rollup import apply, change, compose, views
+from batchctl.rollup.apply import PATIENCE_SECONDS
+from batchctl.rollup.definition import NEXT, Places, Table, differences, next_name
 from batchctl.rollup.source import find
 from batchctl.rollup.steps import Step, completion, creation, removal, tracking
-from batchctl.state.database import sql
+from batchctl.rollup.swap import leftover, swap
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from batchctl.clock import Clock
     from batchctl.rollup.definition import Definition
+    from batchctl.rollup.source import Found
+    from batchctl.rollup.swap import Change
     from batchctl.state.database import Session
-
-# Whoever waits for a lock on the source makes the application wait behind it, so the wait is short and often repeated.
-LOCK_MILLISECONDS = 200
-PAUSE_SECONDS = 0.8
-PATIENCE_SECONDS = 30.0
-LOCK_TIMEOUT = {"55P03", "40P01"}
-"""SQLSTATE of a lock that was not free in time, or that would have been a deadlock."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +33,10 @@ class Migrated:
     created: tuple[str, ...]
     """Rollups that were new."""
     warnings: tuple[str, ...]
+    changed: tuple[str, ...] = ()
+    """Rollups whose tables were built anew."""
+    discarded: tuple[str, ...] = ()
+    """Rollups whose definition is again that of their tables, so that a half-built new version was dropped."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,8 @@ class _Plan:
     steps: tuple[Step, ...]
     created: bool
     warnings: tuple[str, ...]
+    change: Change | None = None
+    discarded: bool = False
 
 
 def migrate(
@@ -54,8 +57,10 @@ def migrate(
     *,
     dry_run: bool = False,
     patience: float = PATIENCE_SECONDS,
+    logger: Callable[[str], logging.Logger] = logging.getLogger,
+    say: Callable[[str], None] = lambda _: None,
 ) -> Migrated:
-    """Make tables and triggers of the configured rollups, where they are missing.
+    """Make what the configured rollups lack; build those anew that have changed, and exchange their tables.
 
     Args:
         session: An open session, no transaction begun.
@@ -63,27 +68,31 @@ def migrate(
         clock: Waits between attempts to lock a source.
         dry_run: Only say what would be done.
         patience: Seconds after which a source that is never free is given up.
+        logger: Makes the logger of a rollup that is built anew.
+        say: Takes a line for somebody who waits.
 
     Raises:
-        ConfigurationError: a rollup does not fit its source, has changed, or its tables are someone else's.
-        BatchctlError: a source stayed locked; what is missing is made by the next call.
+        ConfigurationError: a rollup does not fit its source, or its tables are someone else's.
+        BatchctlError: a source stayed locked, or new tables cannot be built; the next call goes on.
     """
     # All are checked before anything is made.
     with session.transaction():
-        _exclude_others(session)
+        apply.exclude_others(session)
         plans = [_plan(session, definition) for definition in definitions]
         registered = session.fetch("rollup.registered")
     _refuse_shared_targets(plans)
-    steps = [step for plan in plans for step in plan.steps]
+    statements = [text for plan in plans for text in _text(session, plan)]
     if not dry_run:
-        for step in steps:
-            if not _apply(session, step, clock, patience):
-                # Another `migrate` was quicker, perhaps with another configuration.
-                return migrate(session, definitions, clock, patience=patience)
+        for plan in plans:
+            if plan.change:
+                say(_announced(plan.change))
+            if not _carry_out(session, plan, clock, patience, logger, say):
+                # Another `migrate` was quicker, perhaps with another configuration, or a partition is new.
+                return migrate(session, definitions, clock, patience=patience, logger=logger, say=say)
     configured = {definition.name for definition in definitions}
-    strangers = [row.rollup for row in registered if row.rollup not in configured]
+    strangers = [row.rollup for row in registered if row.rollup not in configured and not row.rollup.endswith(NEXT)]
     return Migrated(
-        statements=tuple(_text(session, steps)),
+        statements=tuple(statements),
         created=tuple(plan.rollup for plan in plans if plan.created),
         warnings=(
             *(warning for plan in plans for warning in plan.warnings),
@@ -93,36 +102,91 @@ def migrate(
                 for name in strangers
             ),
         ),
+        changed=tuple(plan.rollup for plan in plans if plan.change),
+        discarded=tuple(plan.rollup for plan in plans if plan.discarded),
     )
 
 
 def drop(
     session: Session, name: str, clock: Clock, *, dry_run: bool = False, patience: float = PATIENCE_SECONDS
 ) -> tuple[str, ...]:
-    """Take triggers, function, tables, queue and state of a rollup away; return the SQL.
+    """Take triggers, function, tables, queue and state of a rollup away, and a half-built new version; return the SQL.
 
     Raises:
         UsageError: there is no such rollup in the database.
         ConfigurationError: a table belongs to another role.
         BatchctlError: a table stayed locked, or something else depends on one; call again.
     """
-    rows = session.fetch("rollup.registered")
+    rows = [row for row in session.fetch("rollup.registered") if not row.rollup.endswith(NEXT)]
     registered = next((row for row in rows if row.rollup == name), None)
-    function = compose.function_name(name)
-    triggers = session.fetch("rollup.find_triggers", function=function, schema_name=session.schema_name)
-    if registered is None and not triggers:
+    triggers = _triggers(session, name)
+    if registered is None and (not triggers or name.endswith(NEXT)):
         known = ", ".join(row.rollup for row in rows) or "(none)"
         raise UsageError(f"rollup {name!r} is not in the database; expected one of {known}")
     _check_droppable(session, name, registered, triggers)
-    steps = removal(session, name, registered, triggers)
+    steps = [*change.discard(session, name), *removal(session, name, registered, triggers)]
     if not dry_run:
         for step in steps:
-            _apply(session, step, clock, patience)
-    return tuple(_text(session, steps))
+            if not apply.apply(session, step, clock, patience):
+                return drop(session, name, clock, patience=patience)
+    return tuple(apply.text(session, steps))
 
 
-def _check_droppable(session: Session, name: str, registered: Any, triggers: Iterable[Any]) -> None:
-    """Refuse what would fail later, half dropped."""
+def _carry_out(  # noqa: PLR0917 - what migrate has
+    session: Session,
+    plan: _Plan,
+    clock: Clock,
+    patience: float,
+    logger: Callable[[str], logging.Logger],
+    say: Callable[[str], None],
+) -> bool:
+    """Run a plan; False if it has to be made anew."""
+    if not all(apply.apply(session, step, clock, patience) for step in plan.steps):
+        return False
+    if plan.change is None:
+        return True
+    from batchctl.rollup.rebuild import fill  # noqa: PLC0415 - only a change is filled here
+
+    if not fill(session, plan.change, clock, logger(plan.rollup), say):
+        return False
+    with session.transaction():
+        apply.exclude_others(session)
+        now = _plan(session, plan.change.definition)
+        last = swap(session, now.change) if now.change and not now.steps else None
+    if last is None or not apply.apply(session, last, clock, patience):
+        return False
+    logger(plan.rollup).info("Rebuilt by its new definition: %s", "; ".join(plan.change.differences))
+    return all(apply.apply(session, step, clock, patience) for step in change.discard(session, plan.rollup))
+
+
+def _text(session: Session, plan: _Plan) -> Iterable[str]:
+    if plan.change is None:
+        return [*apply.text(session, plan.steps)]
+    rest = removal(session, next_name(plan.rollup), None, leftover(session, plan.change))
+    return [
+        f"-- {_announced(plan.change)}",
+        *apply.text(session, plan.steps),
+        "-- Here the new tables are filled from the source, as `aggregate` does it; then they replace the old ones",
+        *apply.text(session, [swap(session, plan.change), *rest]),
+    ]
+
+
+def _announced(changed: Change) -> str:
+    return (
+        f"rollup.{changed.definition.name} has changed ({'; '.join(changed.differences)}): its new tables are built "
+        f"from {changed.found.places.source} beside the old ones, which stay as they are until those are ready"
+    )
+
+
+def _triggers(session: Session, name: str) -> list[Any]:
+    function = compose.function_name(name)
+    return session.fetch("rollup.find_triggers", function=function, schema_name=session.schema_name)
+
+
+def _check_droppable(
+    session: Session, name: str, registered: Any, triggers: Iterable[Any], verb: str = "dropped"
+) -> None:
+    """Refuse what would fail later, half done."""
     # A source first: what is said of a target holds for a table that is both.
     wanted = {Table(row.schema, row.table): False for row in triggers}
     if registered is not None:
@@ -138,12 +202,12 @@ def _check_droppable(session: Session, name: str, registered: Any, triggers: Ite
     )
     if foreign := [row.table for row in rows if row.foreign]:
         raise ConfigurationError(
-            f"rollup.{name} cannot be dropped by this role, which does not own {', '.join(foreign)}; "
+            f"rollup.{name} cannot be {verb} by this role, which does not own {', '.join(foreign)}; "
             "connect as the owner, or as a member of it"
         )
     if depending := [f"{', '.join(row.dependants)} on {row.table}" for row in rows if row.dependants]:
         raise BatchctlError(
-            f"rollup.{name} cannot be dropped, because something else depends on its tables: {'; '.join(depending)}"
+            f"rollup.{name} cannot be {verb}, because something else depends on its tables: {'; '.join(depending)}"
         )
 
 
@@ -157,14 +221,56 @@ def _plan(session: Session, definition: Definition) -> _Plan:
             f"{place} is being dropped; run `batchctl migrate --drop {definition.name}` again, then `batchctl migrate`"
         )
     complete = registered is not None and not before.pop("unfinished", False)
-    if changes := differences(before, definition.as_json()):
-        raise ConfigurationError(
-            f"{place}: changed since it was migrated ({'; '.join(changes)}); `batchctl migrate --drop "
-            f"{definition.name}` and then `batchctl migrate` rebuild it from the source"
+    changes = differences(before, definition.as_json())
+    if changes:
+        _check_droppable(session, definition.name, registered, _triggers(session, definition.name), "changed")
+        beginning = change.begin(session, definition, registered, changes)
+        found = beginning.change.found
+        warnings = _advice(session, definition, found)
+        if beginning.missed:
+            warnings.append(
+                f"{place}: tracking was missing on {', '.join(beginning.missed)}; its new tables are built once more"
+            )
+        return _Plan(
+            definition.name,
+            found.places,
+            beginning.steps,
+            created=False,
+            warnings=tuple(warnings),
+            change=beginning.change,
         )
+    discarded = change.discard(session, definition.name)
     found = find(session, definition, None if registered is None else Places.from_json(registered.places))
     steps, missed = tracking(session, definition, found, again=complete)
-    source, time = found.places.source, definition.time
+    warnings = _advice(session, definition, found)
+    if registered is None:
+        if not definition.retention_seconds:
+            warnings.append(
+                f"{place}: rows deleted from {found.places.source} leave the rollup too, also when old rows are "
+                "purged, unless source_retention is set"
+            )
+        # Before the triggers, because what they note has to be somebody's work.
+        steps.insert(0, creation(session, definition, found))
+    if lacking := views.missing(session, definition, found):
+        steps.append(Step(lacking))
+    if not complete:
+        steps.append(completion(session, definition.name))
+    elif missed:
+        warnings.append(
+            f"{place}: tracking was missing on {', '.join(missed)}; the next aggregate recomputes the history"
+        )
+    return _Plan(
+        definition.name,
+        found.places,
+        (*discarded, *steps),
+        created=not complete,
+        warnings=tuple(warnings),
+        discarded=complete and bool(discarded),
+    )
+
+
+def _advice(session: Session, definition: Definition, found: Found) -> list[str]:
+    place, source, time = f"rollup.{definition.name}", found.places.source, definition.time
     warnings = []
     if not session.fetch_one("rollup.early_bins").correct:
         warnings.append(
@@ -176,19 +282,7 @@ def _plan(session: Session, definition: Definition) -> _Plan:
             f"{place}: {source} has no index that starts with {time}, so each refresh reads the whole table; "
             f"CREATE INDEX CONCURRENTLY ON {source} ({time}) makes it quick"
         )
-    if registered is None:
-        warnings.append(f"{place}: rows deleted from {source} leave the rollup too, also when old rows are purged")
-        # Before the triggers, because what they note has to be somebody's work.
-        steps.insert(0, creation(session, definition, found))
-    if lacking := views.missing(session, definition, found):
-        steps.append(Step(lacking))
-    if not complete:
-        steps.append(completion(session, definition.name))
-    elif missed:
-        warnings.append(
-            f"{place}: tracking was missing on {', '.join(missed)}; the next aggregate recomputes the history"
-        )
-    return _Plan(definition.name, found.places, tuple(steps), created=not complete, warnings=tuple(warnings))
+    return warnings
 
 
 def _refuse_shared_targets(plans: Iterable[_Plan]) -> None:
@@ -204,53 +298,3 @@ def _refuse_shared_targets(plans: Iterable[_Plan]) -> None:
                         f"{owner}; expected names of its own for each"
                     )
                 owners[table] = owner
-
-
-def _exclude_others(session: Session) -> None:
-    # The lock is only ours, so no timeout that the role has for the application's sake may end the wait for it.
-    session.run(session.statement("rollup.set_lock_timeout", milliseconds=sql.Literal(0)))
-    session.run(_one_migration(session))
-
-
-def _one_migration(session: Session) -> sql.Composed:
-    return session.statement("rollup.one_migration", name=sql.Literal(session.schema_name))
-
-
-def _apply(session: Session, step: Step, clock: Clock, patience: float) -> bool:
-    """Run a step in a transaction, again and again while a table that it locks is busy; False if it is obsolete."""
-    give_up = clock.monotonic() + patience
-    while True:
-        try:
-            with session.transaction():
-                return _run(session, step)
-        except BatchctlError as error:
-            if getattr(error.__cause__, "sqlstate", None) not in LOCK_TIMEOUT:
-                raise
-            if clock.monotonic() >= give_up:
-                raise BatchctlError(
-                    f"{step.locks} was locked for {patience:.0f} s, by a long transaction or another migration; what "
-                    "was done so far stays. Run the command again when that has ended (pg_stat_activity shows it)"
-                ) from error
-        clock.sleep(PAUSE_SECONDS)
-
-
-def _run(session: Session, step: Step) -> bool:
-    _exclude_others(session)
-    if step.registers and any(row.rollup == step.registers for row in session.fetch("rollup.registered")):
-        return False
-    if step.locks:
-        session.run(session.statement("rollup.set_lock_timeout", milliseconds=sql.Literal(LOCK_MILLISECONDS)))
-    for statement in step.statements:
-        session.run(statement)
-    return True
-
-
-def _text(session: Session, steps: Iterable[Step]) -> Iterable[str]:
-    for step in steps:
-        yield "BEGIN;"
-        yield "SET LOCAL lock_timeout = 0;"
-        yield f"{_one_migration(session).as_string()};"
-        if step.locks:
-            yield f"SET LOCAL lock_timeout = {LOCK_MILLISECONDS};"
-        yield from (f"{statement.as_string()};" for statement in step.statements)
-        yield "COMMIT;"

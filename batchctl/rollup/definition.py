@@ -25,6 +25,9 @@ ROWS_COLUMN = "batchctl_rows"
 ROW_COLUMN = "batchctl_row"
 """Tells a stored row from a computed one in a refresh; never stored."""
 
+NEXT = "~next"
+"""Ends the name of a version that is built beside the one in use; no configured name holds a tilde."""
+
 RESERVED = frozenset({"bucket", ROWS_COLUMN, ROW_COLUMN, "ctid", "xmin", "cmin", "xmax", "cmax", "tableoid"})
 
 
@@ -64,6 +67,8 @@ class Definition:
     measures: tuple[Measure, ...]
     settle_seconds: float
     budget_seconds: float
+    retention_seconds: float = 0.0
+    """How long the source surely holds an event; 0 for ever."""
 
     @property
     def key(self) -> tuple[str, ...]:
@@ -218,9 +223,16 @@ def read_definition(name: str, rollup: Rollup, path: Path, zone: str = "UTC") ->
         measures=measures,
         settle_seconds=rollup.settle.total_seconds(),
         budget_seconds=rollup.budget.total_seconds(),
+        retention_seconds=rollup.source_retention.total_seconds(),
     )
     _check_columns(definition, place)
+    _check_retention(definition, place)
     return definition
+
+
+def next_name(name: str) -> str:
+    """Name the version of a rollup, or of a table, that is built beside the one in use."""
+    return f"{name}{NEXT}"
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -235,6 +247,16 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         else:
             found.append(f"{key}: was {_brief(old)}, now {_brief(new)}")
     return found
+
+
+def _check_retention(definition: Definition, place: str) -> None:
+    least = definition.finest.seconds + definition.settle_seconds
+    if 0 < definition.retention_seconds <= least:
+        raise ConfigurationError(
+            f"{place}.source_retention: found {definition.retention_seconds:.0f} s, in which no bucket of "
+            f"{definition.finest.name} is ever closed; expected more than {least:.0f} s, and more than the longest "
+            "time without a call of aggregate"
+        )
 
 
 def _check_columns(definition: Definition, place: str) -> None:

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from batchctl.errors import BatchctlError, ConfigurationError, DatabaseUnavailableError
 from batchctl.guard.pause import lifted_by
 from batchctl.rollup import queue
 from batchctl.rollup.backlog import FIRST_BUCKETS, MOST_BUCKETS, Alone, Chunks, Crew, Pace
-from batchctl.rollup.chunk import since
+from batchctl.rollup.chunk import Attempt, since
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from contextlib import AbstractContextManager
-    from datetime import datetime
     from logging import Logger
 
     from batchctl.clock import Clock
     from batchctl.rollup.chunk import Chunk
     from batchctl.rollup.definition import Definition
+    from batchctl.rollup.queue import Look
     from batchctl.rollup.work import Work
     from batchctl.state.database import Session
 
@@ -47,8 +48,20 @@ class GrainResult:
     remaining_buckets: int = 0
     """Closed and still queued."""
     duration_seconds: float = 0.0
+    ignored_buckets: int = 0
+    """Changed in the source and not recomputed, because they are older than `source_retention`."""
     detail: str | None = None
     """Of a skip: the reason in words."""
+
+
+class Advance(NamedTuple):
+    """How far the backlog of a grain is: the closed buckets that waited at first, buckets done, rows read for them."""
+
+    rollup: str
+    grain: str
+    waiting: int
+    buckets: int
+    source_rows: int
 
 
 @dataclass(frozen=True)
@@ -58,6 +71,9 @@ class _Progress:
     outcome: Outcome
     reason: str | None
     chunks: tuple[Chunk, ...]
+    remaining: int | None = None
+    """Closed buckets that are left, if the end has been recorded already."""
+    ignored: int = 0
 
 
 ELSEWHERE = _Progress("skipped", "running_elsewhere", ())
@@ -73,14 +89,14 @@ class Limits:
         most_buckets: Buckets of one transaction at most; how many it really takes depends on their rows.
         jobs: How many chunks at a time.
         connect: Opens a session for each further one of them.
-        progress: Is told the buckets of each chunk that is done.
+        progress: Is told how far a backlog is, before its first chunk and after each.
     """
 
     deadline: float | None = None
     most_buckets: int = MOST_BUCKETS
     jobs: int = 1
     connect: Callable[[], AbstractContextManager[Session]] | None = None
-    progress: Callable[[str, int], None] | None = None
+    progress: Callable[[Advance], None] | None = None
 
 
 NO_LIMITS = Limits()
@@ -91,7 +107,7 @@ class _Call:
     """One call for one grain, under way."""
 
     work: Work
-    seen: Any
+    look: Look
     deadline: float
     limits: Limits
     clock: Clock
@@ -117,19 +133,19 @@ def tick(  # noqa: PLR0917 - the first five are what every tick has
     """
     begun = clock.monotonic()
     deadline = begun + definition.budget_seconds if limits.deadline is None else limits.deadline
-    seen, work = queue.look(session, definition, definition.grain(grain))
-    if seen.paused:
-        message = f"{grain} aggregation is paused: {lifted_by(seen.paused)}. Skipped."
+    look, work = queue.look(session, definition, definition.grain(grain))
+    if look.paused:
+        message = f"{grain} aggregation is paused: {lifted_by(look.paused)}. Skipped."
         log.warning(message)
         return GrainResult(definition.name, grain, "skipped", "paused", detail=message)
-    if not seen.known:
+    if not look.known:
         work.run("add_state")
-    if seen.history_queued and not seen.dirty:
-        log.debug(NOTHING, seen.newest)
-        work.run("nothing", started=seen.started, until=seen.until, seen=seen.seen)
+    if look.history_queued and not look.dirty:
+        log.debug(NOTHING, _named(look.newest))
+        work.run("nothing", started=look.started, until=look.until, seen=look.seen, here=look.here)
         return GrainResult(definition.name, grain, "empty", duration_seconds=since(begun, clock))
     try:
-        done = _catch_up(_Call(work, seen, deadline, limits, clock, log))
+        done = _catch_up(_Call(work, look, deadline, limits, clock, log))
     except ConfigurationError:
         work.run("end_unheld", outcome="failed")
         raise
@@ -138,10 +154,15 @@ def tick(  # noqa: PLR0917 - the first five are what every tick has
         detail = f"{grain} aggregation is running elsewhere. Skipped."
         log.info(detail)
         remaining = queue.waiting(work)
+    elif done.remaining is not None:
+        remaining = done.remaining
     else:
         if done.outcome == "empty":
-            log.debug(NOTHING, seen.newest)
-        remaining = queue.settle(work, done.outcome, seen.until if done.outcome != "failed" else None)
+            log.debug(NOTHING, _named(look.newest))
+        remaining = queue.settle(work, done.outcome, look.until if done.outcome != "failed" else None)
+        if done.outcome == "failed":
+            # What could not even be sorted in waits too.
+            remaining = queue.waiting(work)
     return GrainResult(
         definition.name,
         grain,
@@ -153,11 +174,14 @@ def tick(  # noqa: PLR0917 - the first five are what every tick has
         rows_deleted=sum(chunk.rows_deleted for chunk in done.chunks),
         remaining_buckets=remaining,
         duration_seconds=since(begun, clock),
+        ignored_buckets=done.ignored,
         detail=detail,
     )
 
 
-def rebuild(session: Session, definition: Definition, grain: str, start: datetime, end: datetime) -> int:
+def rebuild(  # noqa: PLR0917 - the first five are what every rebuild has
+    session: Session, definition: Definition, grain: str, start: datetime, end: datetime, log: Logger | None = None
+) -> int:
     """Queue every bucket of a grain that overlaps [start, end) and exists in its table or in what that is built from.
 
     Args:
@@ -166,6 +190,7 @@ def rebuild(session: Session, definition: Definition, grain: str, start: datetim
         grain: Name of the grain.
         start: Aware; the bucket that holds it is the first.
         end: Aware; the bucket that holds the instant before it is the last.
+        log: Takes the line that says what is left out, because its source rows may be gone.
 
     Returns:
         The number of buckets queued, none if the job is paused; the next tick computes those that are closed.
@@ -173,8 +198,17 @@ def rebuild(session: Session, definition: Definition, grain: str, start: datetim
     Raises:
         ConfigurationError: the rollup is not migrated, or has changed since.
     """
-    seen, work = queue.look(session, definition, definition.grain(grain))
-    return 0 if seen.paused else queue.queue_range(work, start, end)
+    look, work = queue.look(session, definition, definition.grain(grain))
+    if look.paused:
+        return 0
+    if log and definition.retention_seconds:
+        floor = work.run("floor")[0]
+        if start.timestamp() < floor.second:
+            log.warning(
+                "%s: source_retention keeps buckets before %s as they are, also where --rebuild asks for them",
+                *(grain, floor.shown),
+            )
+    return queue.queue_range(work, start, end)
 
 
 def waiting(session: Session, definition: Definition, grain: str) -> int:
@@ -191,18 +225,22 @@ def _catch_up(call: _Call) -> _Progress:
     work, limits = call.work, call.limits
     done: list[Chunk] = []
     faults: list[Chunk] = []
+    late = queue.Late()
     try:
-        if not call.seen.history_queued:
+        if not call.look.history_queued:
             queue.queue_history(work)
-        if not queue.sort_in(work, call.seen.started):
-            return ELSEWHERE
+        sorted_in = _at_once(call)
+        if isinstance(sorted_in, _Progress):
+            return sorted_in
+        late = sorted_in
+        tell = _teller(call)
+        tell(done)
         with _crew(call) as crew:
             for chunk in Chunks(work, crew, Pace(limits.most_buckets), call.clock, call.deadline):
                 if chunk is None:
                     return ELSEWHERE if not done and not faults else _sum_up(done, faults)
                 (faults if chunk.failure else done).append(chunk)
-                if limits.progress:
-                    limits.progress(work.grain.name, len(chunk.buckets))
+                tell(done)
     except (DatabaseUnavailableError, ConfigurationError):
         raise
     except BatchctlError as error:
@@ -211,21 +249,81 @@ def _catch_up(call: _Call) -> _Progress:
         progress = _sum_up(done, faults)
     if progress.outcome == "failed":
         call.log.error("%s aggregation failed: %s", work.grain.name, progress.reason)
-    return progress
+    return replace(progress, ignored=late.buckets)
+
+
+def _log_late(call: _Call, late: queue.Late) -> None:
+    if late.buckets:
+        call.log.warning(
+            "%s: %d buckets older than source_retention changed and are not recomputed: %s .. %s",
+            *(call.work.grain.name, late.buckets, late.first, late.last),
+        )
+
+
+def _at_once(call: _Call) -> _Progress | queue.Late:
+    """Sort the notes in; and if they are all there is and little, do the whole tick in the same transaction.
+
+    Returns:
+        What the tick came to, or what was too late if more is waiting or it has to be done bucket by bucket.
+    """
+    work = call.work
+    attempt = None
+    try:
+        with work.session.transaction():
+            held = work.hold()
+            if held is None:
+                return ELSEWHERE
+            found = queue.sort_in(work, held, call.look)
+            if found.waiting and found.waiting.buckets <= min(FIRST_BUCKETS, call.limits.most_buckets):
+                attempt = Attempt(work, found.waiting, call.clock, call.log)
+                attempt.compute()
+                remaining = queue.settle_held(work, "success", call.look.until)
+    except BatchctlError as error:
+        if attempt is None:
+            raise
+        attempt.failed(error)
+        with work.session.transaction():
+            held = work.hold()
+            if held is None:
+                return ELSEWHERE
+            found = queue.sort_in(work, held, call.look)
+        attempt = None
+    _log_late(call, found.late)
+    if attempt is None:
+        return found.late
+    return _Progress("success", None, (attempt.succeeded(),), remaining, found.late.buckets)
+
+
+def _teller(call: _Call) -> Callable[[Sequence[Chunk]], None]:
+    progress, work = call.limits.progress, call.work
+    if progress is None:
+        return lambda done: None  # noqa: ARG005 - nobody listens
+    # Only who listens has to pay for the count.
+    total = queue.waiting(work)
+
+    def tell(done: Sequence[Chunk]) -> None:
+        buckets, rows = sum(len(chunk.buckets) for chunk in done), sum(chunk.source_rows for chunk in done)
+        progress(Advance(work.definition.name, work.grain.name, total, buckets, rows))
+
+    return tell
 
 
 def _crew(call: _Call) -> AbstractContextManager[Crew]:
     connect, jobs = call.limits.connect, call.limits.jobs
     if jobs > 1 and connect is not None and _is_large(call.work):
-        from batchctl.rollup.team import Team  # noqa: PLC0415 - only a backlog needs threads
+        from batchctl.rollup.team import crew  # noqa: PLC0415 - only a backlog needs threads
 
-        return Team(call.work, jobs, connect, call.clock, call.log)
+        return crew(call.work, jobs, connect, call.clock, call.log)
     return Alone(call.work, call.clock, call.log)
 
 
 def _is_large(work: Work) -> bool:
     found = queue.pick(work, FIRST_BUCKETS + 1, None)
     return found is not None and found.buckets > FIRST_BUCKETS
+
+
+def _named(bucket: float) -> str:
+    return f"{datetime.fromtimestamp(bucket, UTC):%Y-%m-%d %H:%M:%S}"
 
 
 def _sum_up(done: Sequence[Chunk], faults: Sequence[Chunk]) -> _Progress:

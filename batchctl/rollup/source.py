@@ -11,6 +11,8 @@ from batchctl.rollup.definition import LONGEST_NAME, Places, Table
 from batchctl.rollup.types import compiled, measure_columns, measured
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from batchctl.rollup.definition import Definition
     from batchctl.state.database import Session
 
@@ -33,13 +35,16 @@ class Found:
     """True if an index of the source starts with the time."""
 
 
-def find(session: Session, definition: Definition, before: Places | None) -> Found:
+def find(
+    session: Session, definition: Definition, before: Places | None, freed: Collection[Table] = frozenset()
+) -> Found:
     """Check a rollup against the database.
 
     Args:
         session: An open session.
         definition: The rollup.
         before: The tables as they were registered, None for a new rollup.
+        freed: Tables that will be gone when those of the rollup get their names.
 
     Raises:
         ConfigurationError: names the key, what was found and what is allowed.
@@ -59,7 +64,7 @@ def find(session: Session, definition: Definition, before: Places | None) -> Fou
             f"{place}: its tables are now found under other names (was {before}, now {places}); rename them "
             f"back, or `batchctl migrate --drop {definition.name}` and then `batchctl migrate` rebuild it"
         )
-    _check_targets(session, definition, places, ours=before is not None)
+    _check_targets(session, definition, places, freed, ours=before is not None)
     kinds = dict(_column_types(session, definition, columns, places))
     places = measured(session, definition, places)
     kinds |= measure_columns(session, definition, places)
@@ -151,7 +156,9 @@ def _targets(session: Session, definition: Definition, source: Any, place: str) 
     return targets
 
 
-def _check_targets(session: Session, definition: Definition, places: Places, *, ours: bool) -> None:
+def _check_targets(
+    session: Session, definition: Definition, places: Places, freed: Collection[Table], *, ours: bool
+) -> None:
     place = f"rollup.{definition.name}"
     for table in places.targets.values():
         found = session.fetch_one("rollup.name_taken", schema_name=table.schema, table=table.name)
@@ -162,7 +169,7 @@ def _check_targets(session: Session, definition: Definition, places: Places, *, 
                 f"{place}.target: this role may not create {table}; GRANT CREATE ON SCHEMA {table.schema} to it, or "
                 "set another target"
             )
-        if found.relation and not ours:
+        if found.relation and not ours and table not in freed:
             raise ConfigurationError(
                 f"{place}.target: {table} exists and was not made by batchctl for this rollup; expected a free name: "
                 "rename that table, or set another target"

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from batchctl.clock import Clock
     from batchctl.config import Configuration
     from batchctl.rollup.definition import Definition
+    from batchctl.rollup.refresh import Advance
     from batchctl.state.database import Session
     from batchctl.state.journal import Journal
     from batchctl.state.store import Store
@@ -65,7 +66,7 @@ class Aggregate:
         journal: Names the journal, which keeps what the database cannot be told.
         rebuild: A range to be queued first.
         jobs: How many chunks of a grain are worked off at a time.
-        progress: Is told the grain and the number of buckets of each chunk that is done.
+        progress: Is told how far a backlog is.
     """
 
     configuration: Configuration
@@ -78,7 +79,7 @@ class Aggregate:
     journal: Callable[[], Journal]
     rebuild: Rebuild | None = None
     jobs: int = 1
-    progress: Callable[[str, int], None] | None = None
+    progress: Callable[[Advance], None] | None = None
     _open: ExitStack = field(default_factory=ExitStack)
     _store: Store | None = None
     _refused: set[str] = field(default_factory=set)
@@ -146,7 +147,7 @@ class Aggregate:
     def _locked(self, log: logging.Logger, definition: Definition, grain: str, begun: float) -> GrainResult:
         session = self._connected().session
         if self.rebuild is not None:
-            rebuild(session, definition, grain, self.rebuild.start, self.rebuild.end)
+            rebuild(session, definition, grain, self.rebuild.start, self.rebuild.end, log)
         limits = Limits(
             begun + definition.budget_seconds, jobs=self.jobs, connect=self._another, progress=self.progress
         )
@@ -171,7 +172,8 @@ class Aggregate:
 
     @contextmanager
     def _another(self) -> Iterator[Session]:
-        with self.connect() as store:
+        # This call has made sure of the schema, and has recorded what the journal held.
+        with self.connect(known=True, replay=False) as store:
             yield store.session
 
     def _in_progress(self, holder: Holder | None) -> str:

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from batchctl.errors import ConfigurationError
 from batchctl.rollup import compose, views
-from batchctl.rollup.definition import Places, Table
+from batchctl.rollup.definition import NEXT, Places, Table
 from batchctl.state.database import sql
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
     from batchctl.rollup.definition import Definition
     from batchctl.rollup.source import Found
@@ -28,8 +28,9 @@ class Step:
     statements: tuple[sql.Composed, ...]
     locks: str = ""
     """The table of the application that they lock."""
-    registers: str = ""
-    """The rollup that they register; nothing is left to do if another did."""
+    expects: tuple[tuple[str, Mapping[str, Any] | None], ...] = ()
+    """Rollups and the definitions that are registered for them, None for none; otherwise another migration was quicker,
+    and there is nothing left to do."""
 
 
 def creation(session: Session, definition: Definition, found: Found) -> Step:
@@ -51,7 +52,7 @@ def creation(session: Session, definition: Definition, found: Found) -> Step:
             )
         )
         statements.append(session.statement("rollup.identify_target", target=sql.Identifier(*target)))
-        statements += _comments(session, definition, found.places, grain.name)
+        statements += comments(session, definition, found.places, grain.name)
     described = {**definition.as_json(), "places": found.places.as_json(), "unfinished": True}
     statements.append(
         session.statement("rollup.register", rollup=rollup, definition=sql.Literal(json.dumps(described)))
@@ -60,10 +61,12 @@ def creation(session: Session, definition: Definition, found: Found) -> Step:
         session.statement("rollup.register_job", job=sql.Literal(definition.job(grain.name)))
         for grain in definition.grains
     ]
-    return Step(tuple(statements), registers=definition.name)
+    return Step(tuple(statements), expects=((definition.name, None),))
 
 
-def tracking(session: Session, definition: Definition, found: Found, *, again: bool) -> tuple[list[Step], list[str]]:
+def tracking(
+    session: Session, definition: Definition, found: Found, *, again: bool, afresh: bool = False
+) -> tuple[list[Step], list[str]]:
     """List the steps that install what is missing of the function and the triggers, and the tables that lacked some.
 
     Args:
@@ -71,6 +74,7 @@ def tracking(session: Session, definition: Definition, found: Found, *, again: b
         definition: The rollup.
         found: What the database says about it.
         again: True if it was complete before, so that changes may have been missed.
+        afresh: True if what is there will be gone before the steps are run.
 
     Raises:
         ConfigurationError: a trigger of somebody else has a name that we need.
@@ -80,17 +84,17 @@ def tracking(session: Session, definition: Definition, found: Found, *, again: b
     ours: dict[str, Any] = {"function": function, "schema_name": session.schema_name}
     present = session.fetch_one("rollup.find_function", **ours)
     steps = []
-    if present is None or present.body != body:
+    if afresh or present is None or present.body != body:
         identifier = sql.Identifier(function)
         create = session.statement("rollup.create_function", function=identifier, body=compose.dollar_quoted(body))
         steps.append(Step((create, session.statement("rollup.close_function", function=identifier))))
     tracked = {
         (row.schema, row.table, row.trigger) for row in session.fetch("rollup.find_triggers", **ours) if row.enabled
     }
-    names = {event: compose.trigger_name(session.schema_name, definition.name, event) for event in EVENTS}
+    names = trigger_names(session.schema_name, definition.name)
     missed = []
     for table in found.tables:
-        missing = [event for event in EVENTS if (*table, names[event]) not in tracked]
+        missing = [event for event in EVENTS if afresh or (*table, names[event]) not in tracked]
         if not missing:
             continue
         missed.append(str(table))
@@ -119,6 +123,11 @@ def tracking(session: Session, definition: Definition, found: Found, *, again: b
             )
         steps.append(Step(tuple(statements), locks=str(table)))
     return steps, missed
+
+
+def trigger_names(schema: str, rollup: str) -> dict[str, str]:
+    """Name the triggers of a rollup, by what fires them."""
+    return {event: compose.trigger_name(schema, rollup, event) for event in EVENTS}
 
 
 def completion(session: Session, rollup: str) -> Step:
@@ -158,10 +167,11 @@ def removal(session: Session, name: str, registered: Any, triggers: Iterable[Any
         ]
     forgotten = ("forget_notes", "forget_queue", "forget_pause", "forget")
     last += [session.statement(f"rollup.{key}", rollup=rollup) for key in forgotten]
-    return [*steps, Step(tuple(last), locks=f"the tables of rollup.{name}")]
+    return [*steps, Step(tuple(last), locks=f"a table of rollup.{name.removesuffix(NEXT)}")]
 
 
-def _comments(session: Session, definition: Definition, places: Places, grain: str) -> Iterable[sql.Composed]:
+def comments(session: Session, definition: Definition, places: Places, grain: str) -> Iterable[sql.Composed]:
+    """List the statements that say what the table of a grain and its columns are."""
     finer = definition.finer(grain)
     origin = places.targets[finer.name] if finer else places.source
     table = sql.Identifier(*places.targets[grain])

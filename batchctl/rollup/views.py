@@ -48,6 +48,19 @@ def missing(session: Session, definition: Definition, found: Found) -> tuple[sql
     )
 
 
+def creation(session: Session, definition: Definition, found: Found) -> tuple[sql.Composed, ...]:
+    """List the statements that make all views, once those that are there are taken away.
+
+    Raises:
+        ConfigurationError: something else has the name of a view.
+    """
+    return tuple(
+        statement
+        for grain in definition.grains
+        for statement in _missing_of_grain(session, definition, found, grain, anew=True)
+    )
+
+
 def removal(session: Session, rollup: str, grain: str, target: Table) -> Iterator[sql.Composed]:
     """List the statements that take the views of a grain away."""
     named = views(rollup, grain, target)
@@ -74,14 +87,16 @@ def _mark(rollup: str) -> str:
     return f"Rollup {rollup}: "
 
 
-def _missing_of_grain(session: Session, definition: Definition, found: Found, grain: Grain) -> Iterator[sql.Composed]:
+def _missing_of_grain(
+    session: Session, definition: Definition, found: Found, grain: Grain, *, anew: bool = False
+) -> Iterator[sql.Composed]:
     target = found.places.targets[grain.name]
     named = views(definition.name, grain.name, target)
     shown = [*definition.key, *(measure.name for measure in definition.measures)]
     kinds = dict(found.columns)
     body = _body(session, definition, found, grain)
     present = session.fetch_one("rollup.find_function", function=named.function, schema_name=session.schema_name)
-    if present is None or present.body != body:
+    if anew or present is None or present.body != body:
         function = sql.Identifier(named.function)
         yield session.statement(
             "views.create_function",
@@ -124,7 +139,7 @@ def _missing_of_grain(session: Session, definition: Definition, found: Found, gr
                 f"rollup.{definition.name}.target: {view} exists and is no view that batchctl made for this rollup; "
                 "expected a free name: rename it, or set another target"
             )
-        if ours is None:
+        if anew or ours is None:
             yield create
             yield from _comments(session, definition, found, view, abouts[view])
 

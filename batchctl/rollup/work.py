@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,11 @@ class Work:
     places: Places
 
     @property
+    def job(self) -> str:
+        """Name the row of the state table."""
+        return self.definition.job(self.grain.name)
+
+    @property
     def target(self) -> sql.SQL:
         """Name the table of the grain."""
         return compose.quoted(*self.places.targets[self.grain.name])
@@ -35,6 +41,11 @@ class Work:
     def parameters(self) -> dict[str, Any]:
         """Return the values that the statements share."""
         return parameters(self.definition, self.grain)
+
+    @property
+    def described(self) -> str:
+        """Write the definition as it is registered, so that nothing is computed by one that was replaced."""
+        return json.dumps(self.definition.as_json())
 
     def run(self, name: str, /, **values: Any) -> list[Any]:
         """Execute a statement of the rollups by its name."""
@@ -52,29 +63,42 @@ class Work:
             time=time,
             bucket=compose.bucket_of(self.session, self.grain, time),
             next=compose.next_bucket(self.session, self.grain, compose.quoted("bucket")),
+            where=compose.condition(self.definition),
         )
         return self.session.run(statement, {**self.parameters, **values})
 
     def steady(self, statement_timeout: str = STATEMENT_TIMEOUT) -> None:
         """Make the transaction that is open read the same whatever the role's settings are."""
-        self.run("steady", statement_timeout=statement_timeout, work_mem=WORK_MEMORY)
+        self.run("steady", statement_timeout=statement_timeout)
 
-    def hold(self, how: str = "hold") -> bool:
-        """Steady the transaction that is open and lock the job until its end; False if it is held elsewhere."""
-        self.steady()
-        return bool(self.run(how))
+    def hold(self, how: str = "hold") -> Any:
+        """Do the same and lock the job until the end of the transaction.
+
+        Args:
+            how: The kind of lock: `hold`, `hold_for_workers` or `join_holder`.
+
+        Returns:
+            The row of the job, None if it is held elsewhere.
+        """
+        rows = self.run(how)
+        return rows[0] if rows else None
 
 
 def parameters(definition: Definition, grain: Grain) -> dict[str, Any]:
     """Return the values that the statements about a grain share."""
-    return {"rollup": definition.name, "grain": grain.name, "job": definition.job(grain.name)}
+    return {
+        "rollup": definition.name,
+        "grain": grain.name,
+        "job": definition.job(grain.name),
+        "statement_timeout": STATEMENT_TIMEOUT,
+        "work_mem": WORK_MEMORY,
+    }
 
 
 def pieces(session: Session, definition: Definition, grain: Grain) -> dict[str, sql.Composable]:
     """Return the pieces of SQL that the statements about a grain share."""
-    here = session.statement("rollup.here")
     return {
-        "here": here,
-        "remembered": session.statement("rollup.remembered", here=here),
+        "settings": session.statement("rollup.settings"),
         "open": compose.open_bucket(session, definition, grain),
+        "floor": compose.floor(definition, grain),
     }

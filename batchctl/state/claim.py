@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
@@ -10,8 +9,7 @@ if TYPE_CHECKING:
     from datetime import datetime, timedelta
 
 
-@dataclass(frozen=True)
-class ClaimRequest:
+class ClaimRequest(NamedTuple):
     """A start that asks to be the only one.
 
     Args:
@@ -64,8 +62,7 @@ class ClaimRequest:
         }
 
 
-@dataclass(frozen=True)
-class LiveRun:
+class LiveRun(NamedTuple):
     """A run that has no outcome yet."""
 
     run_id: str
@@ -77,8 +74,7 @@ class LiveRun:
     started_at: datetime
 
 
-@dataclass(frozen=True)
-class StoredRun:
+class StoredRun(NamedTuple):
     """A run as it is recorded; without an outcome it is live."""
 
     run_id: str
@@ -99,8 +95,7 @@ class PastStep(NamedTuple):
     seconds: float
 
 
-@dataclass(frozen=True)
-class PastRun:
+class PastRun(NamedTuple):
     """How long a run took, and its steps as far as they were recorded."""
 
     seconds: float
@@ -112,8 +107,7 @@ class PastRun:
         return {(step.account, step.step): step.quantity for step in self.steps}
 
 
-@dataclass(frozen=True)
-class JobState:
+class JobState(NamedTuple):
     """What is remembered of a job at the moment of a claim, by the database's clock.
 
     Args:
@@ -131,8 +125,7 @@ class JobState:
     past_runs: tuple[PastRun, ...] = ()
 
 
-@dataclass(frozen=True)
-class Claim:
+class Claim(NamedTuple):
     """What became of a claim: ours since `now`, or refused by a live run or by the caller's decision.
 
     Args:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import psycopg
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["Database", "Session", "open_database", "sql"]
 
 CONNECT_SECONDS = 4
+CANCEL_SECONDS = 2
 LEADING_ELSEWHERE = {"PGHOST", "PGHOSTADDR", "PGPORT", "PGDATABASE", "PGUSER", "PGSERVICE", "PGOPTIONS"}
 UNDEFINED = {"42P01", "3F000", "42703"}
 """SQLSTATE of a missing table, schema or column."""
@@ -109,8 +110,10 @@ class Session:
         return rows[0] if rows else None
 
     def cancel(self) -> None:
-        """End the statement that another thread runs in this session, if there is one."""
-        self.connection.cancel()
+        """Ask the server to end the statement that another thread runs in this session, if there is one."""
+        # Who cancels gives up anyhow: a server that cannot be reached ends the statement by itself.
+        with suppress(psycopg.Error):
+            self.connection.cancel_safe(timeout=CANCEL_SECONDS)
 
     @contextmanager
     def bounded(self, *, lock: str = "10s", statement: str = "15s") -> Iterator[None]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
-from dataclasses import replace
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -60,11 +59,11 @@ class Store:
             claim = Claim(now, crashed=tuple(row.run_id for row in dead), corrected=corrected)
             live = self.live(batch)
             if live is not None:
-                return replace(claim, live=live)
+                return claim._replace(live=live)
             job = self.job_state(request.job, now, jobs=request.jobs)
             refusal = decide(job)
             if refusal is not None:
-                return replace(claim, refusal=refusal)
+                return claim._replace(refusal=refusal)
             columns = request.columns()
             if request.resumed is None:
                 won = session.fetch("run.claim", **columns, now=now, claim=request.claim)
@@ -74,11 +73,11 @@ class Store:
                 won = session.fetch("run.resume", **columns, **own)
                 mark = "run.mark_resumed"
             if not won:
-                return replace(claim, live=self.live(batch))
+                return claim._replace(live=self.live(batch))
             jobs = list(request.jobs)
             session.fetch(mark, run_id=request.run_id, jobs=jobs, now=now, started_at=won[0].started_at)
             kept = {"started_at": won[0].started_at, "resumed": won[0].resumed, "claimed_until": now + request.claim}
-            return replace(claim, run={**columns, **kept, "jobs": jobs}, past_runs=job.past_runs)
+            return claim._replace(run={**columns, **kept, "jobs": jobs}, past_runs=job.past_runs)
 
     def job_state(self, job: str, now: datetime, *, jobs: Iterable[str]) -> JobState:
         """Read what is remembered of a job that is about to start, and with it the jobs for which that counts."""

@@ -24,7 +24,7 @@ events = "count(*)"
 """
 GRAIN_KEYS = {
     "rollup", "grain", "outcome", "reason", "buckets", "source_rows", "rows_written", "rows_deleted",
-    "remaining_buckets", "duration_seconds", "detail",
+    "remaining_buckets", "duration_seconds", "ignored_buckets", "detail",
 }  # fmt: skip
 
 

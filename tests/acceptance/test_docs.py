@@ -190,12 +190,16 @@ def test_commands_md_has_the_arguments_and_the_defaults_of_help():
         text = the_help(command)
         usage = re.search(rf"^Usage: batchctl {command} \[OPTIONS\] ?(.*)$", text, re.MULTILINE)[1]
         # Typer writes a required argument as {JOB}, as nobody else does.
-        signature = f"batchctl {command} {re.sub(r'[{}]', '', usage.upper())}".strip()
+        signature = f"batchctl {command} {re.sub(r'[{}]', '', usage)}".strip()
         assert described[command].lstrip().startswith(f"`{signature}`\n"), f"{command}: expected {signature}"
         entries = [" ".join(entry.split()) for entry in re.split(r"\n(?=  -)", text)]
         for option, default in re.findall(r"(--[\w-]+) .*?\[default: ([^;\]]+)", "\n".join(entries)):
             row = next(row for row in rows(described[command]) if option in row[0])
             assert re.search(rf"Default: `?{re.escape(default)}`?\.", row[-1]), f"{command} {option}: {default}"
+
+
+def test_help_names_what_each_command_does_in_full():
+    assert "..." not in the_help().partition("\nCommands:\n")[2]
 
 
 def test_help_fits_80_columns():

@@ -23,7 +23,14 @@ INSERT INTO fact_events (owner, occurred_at, event_type, item, value)
 SELECT -1, timestamptz '2025-11-13Z' - i * interval '1 s', 'view', 'a', i FROM generate_series(1, 150000) AS i
 """
 # What each of the callers asks for: the same as another, or other grains, on the same or another host.
-CALLERS = (("one", ()), ("two", ()), ("one", (GRAINS[0],)), ("two", (GRAINS[1],)), ("two", (GRAINS[2], GRAINS[0])))
+# And each of some works several chunks off at a time.
+CALLERS = (
+    ("one", (), 1),
+    ("two", (), 3),
+    ("one", (GRAINS[0],), 2),
+    ("two", (GRAINS[1],), 1),
+    ("two", (GRAINS[2], GRAINS[0]), 2),
+)
 
 
 @pytest.mark.each_server
@@ -52,9 +59,10 @@ def test_hosts_that_aggregate_at_once_neither_fail_nor_differ(tmp_path, database
                 writer.play(5)
                 CLOCK.sleep(PAUSE_SECONDS)
 
-        def call(name, grains):
+        def call(name, grains, jobs):
             while CLOCK.monotonic() < until:
-                process = hosts[name].start("aggregate", "--json", *(f"--grain={grain}" for grain in grains))
+                asked = (f"--grain={grain}" for grain in grains)
+                process = hosts[name].start("aggregate", "--json", f"--jobs={jobs}", *asked)
                 stdout, stderr = process.communicate(timeout=60)
                 assert process.returncode in (0, 75), (process.returncode, stdout, stderr)
                 seen.update(grain["reason"] or grain["outcome"] for grain in json.loads(stdout)["rollups"])
@@ -62,7 +70,7 @@ def test_hosts_that_aggregate_at_once_neither_fail_nor_differ(tmp_path, database
         try:
             with ThreadPoolExecutor(len(writers) + len(CALLERS)) as pool:
                 working = [pool.submit(write, writer) for writer in writers]
-                working += [pool.submit(call, name, grains) for name, grains in CALLERS]
+                working += [pool.submit(call, *caller) for caller in CALLERS]
             for work in working:
                 work.result()
         finally:

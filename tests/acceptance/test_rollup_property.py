@@ -76,7 +76,8 @@ class Cron(threading.Thread):
 
     def _call(self, connection: psycopg.Connection) -> None:
         grains = self.random.sample(GRAINS, self.random.choice([0, 0, 1, 2]))
-        process = self.host.start("aggregate", "--json", *(word for grain in grains for word in ("--grain", grain)))
+        asked = [f"--jobs={self.random.choice([1, 1, 2, 3])}", *(f"--grain={grain}" for grain in grains)]
+        process = self.host.start("aggregate", "--json", *asked)
         kill = self.random.random() < 0.5
         if kill:
             self._strike(process, connection)

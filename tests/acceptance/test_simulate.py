@@ -313,7 +313,8 @@ def test_options_stand_in_for_the_configuration(batchctl):
 def test_the_last_real_durations_are_played(batchctl):
     batchctl.configure(GROUPS + 'hours = ""\n')
     done = batchctl("simulate", "daily", code=2)
-    assert "daily has no complete run yet" in done.stderr
+    assert "daily has no complete run of its own yet" in done.stderr
+    assert "--duration 6h" in done.stderr
     assert "give --duration" in done.stderr
     batchctl("run-batch", "daily")
     batchctl("run-batch", "daily", "--force-gap", "--group", "upload")

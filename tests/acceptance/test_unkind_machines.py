@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
-import pty
 import re
-import select
 import signal
 import subprocess
 import sys
-import termios
-import threading
 import time
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -23,6 +18,7 @@ from pathlib import Path
 import psycopg
 import pytest
 from support import PROGRAM, batch, gone, skip_or_fail, wait_for
+from terminal import Terminal
 
 from batchctl.guard.identity import BOOT_ID, identify
 
@@ -293,55 +289,6 @@ def test_under_nohup_the_end_of_the_terminal_ends_nothing(batchctl):
     process.communicate(timeout=30)
     assert process.returncode == 0
     assert runs(batchctl.url) == [("success",)]
-
-
-class Terminal:
-    """A command on a terminal of its own."""
-
-    def __init__(self, batchctl, *arguments, ignored=None):
-        self.master, slave = pty.openpty()
-        batchctl.environment = {"TERM": "xterm"}
-        self.process = batchctl.start(
-            *arguments,
-            stdin=slave,
-            stdout=slave,
-            stderr=slave,
-            start_new_session=True,
-            preexec_fn=lambda: self._take(ignored),
-        )
-        os.close(slave)
-        self.output = b""
-        self._over = threading.Event()
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-
-    def _take(self, ignored):
-        """Make it the terminal whose keys and end the session feels."""
-        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-        if ignored:
-            signal.signal(ignored, signal.SIG_IGN)
-
-    def _read(self):
-        # What would block in a read would keep the terminal from being closed.
-        with suppress(OSError):
-            while not self._over.is_set():
-                if select.select([self.master], [], [], 0.05)[0]:
-                    self.output += os.read(self.master, 4096)
-
-    def hang_up(self):
-        """Close the terminal, as a lost connection does; the kernel tells its session."""
-        self._over.set()
-        self._reader.join()
-        os.close(self.master)
-
-    def finish(self):
-        """Wait for the end and return the exit code and what was shown."""
-        code = self.process.wait(timeout=30)
-        if not self._over.is_set():
-            # With the last process on the other side the reading ends by itself.
-            self._reader.join(10)
-            self.hang_up()
-        return code, self.output.decode()
 
 
 def test_two_terminals_at_once(batchctl):

@@ -275,7 +275,7 @@ def test_a_table_that_is_gone_is_not_searched_for_bucket_by_bucket(session):
     migrate(session, [define()], CLOCK)
     insert(session, 51)
     insert(session, 52)
-    execute(session, "DROP TABLE agg_1m")
+    execute(session, "DROP TABLE agg_1m CASCADE")
     result = tick(session, define(), "1m", CLOCK, LOG)
     assert (result.outcome, result.remaining_buckets) == ("failed", 2)
     assert not result.reason.startswith("bucket")
@@ -291,7 +291,7 @@ def test_no_trigger_is_made_where_no_table_can_be(session, role):
     message = r"rollup\.trend\.target: .*GRANT CREATE ON SCHEMA public"
     with connected(url, "own") as limited, pytest.raises(ConfigurationError, match=message):
         migrate(limited, [define()], CLOCK)
-    with pytest.raises(ConfigurationError, match=r"public\.agg_1m is the table of trend/1m and of other/1m"):
+    with pytest.raises(ConfigurationError, match=r"public\.agg_1m is the table or a view of trend/1m and of other/1m"):
         migrate(session, [define(), define("other", target="public.agg_{grain}")], CLOCK)
     # What nobody looked for beforehand: the name of an index.
     execute(session, "CREATE TABLE mine (id int CONSTRAINT agg_5m_bucket_key UNIQUE)")

@@ -14,7 +14,8 @@ from rollup_source import DEFINITION, GRAINS, PARTITIONED, PLAIN, create_source,
 from rollup_writers import CLOCK
 from support import wait_for
 
-from batchctl.rollup.ddl import LOCK_MILLISECONDS, drop, migrate
+from batchctl.rollup.apply import LOCK_MILLISECONDS
+from batchctl.rollup.ddl import drop, migrate
 from batchctl.rollup.refresh import tick
 from batchctl.state.database import Database
 from batchctl.state.migrate import upgrade

@@ -205,3 +205,11 @@ def test_places_survive_the_registry():
 def test_events_are_counted_by_the_measure_that_counts_rows():
     assert read(measures={"n": "count(*)", "v": "count(v)"}).events == "n"
     assert read(measures={"v": "count(v)"}).events is None
+
+
+def test_a_retention_in_which_nothing_is_ever_closed_is_refused():
+    assert read().retention_seconds == 0
+    assert read(source_retention=parse_duration("64s")).retention_seconds == 64
+    with pytest.raises(ConfigurationError, match=r"source_retention: found 63 s.*expected more than 63 s"):
+        read(source_retention=parse_duration("63s"))
+    assert read(source_retention=parse_duration("30d")).as_json() == read().as_json()

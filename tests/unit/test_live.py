@@ -79,3 +79,12 @@ def test_at_the_end_all_of_it_is_shown(view):
     assert "x" * 51 not in text
     assert sum(line.count("x") for line in text.splitlines()) >= 40 * 50
     assert "in all" not in text
+
+
+def test_headings_are_whole_above_short_names():
+    step = PlannedStep("a1", "1", None, 1, timedelta(1), 0, ("true",), {})
+    made = LiveRun(Plan("daily", "daily", (), None, None, (AccountPlan("a1", ((step,),)),)))
+    made._console = Console(file=io.StringIO(), width=80, height=12, force_terminal=True, color_system=None)
+    for made._over in (False, True):
+        assert drawn(made).splitlines()[0].split() == ["account", "step", "state", "time"]
+        made._console = Console(file=io.StringIO(), width=80, height=12, force_terminal=True, color_system=None)

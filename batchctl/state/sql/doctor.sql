@@ -37,8 +37,8 @@ WHERE setting = 'session_replication_role=replica' AND (setdatabase = 0 OR datna
 ORDER BY 1, 2
 
 -- name: registered
--- Rollups in the database, and since when.
-SELECT rollup, migrated_at, history_queued_at FROM {schema}.rollup ORDER BY rollup
+-- Rollups in the database, and since when; not a new version that is being built beside the one in use.
+SELECT rollup, migrated_at, history_queued_at FROM {schema}.rollup WHERE rollup NOT LIKE '%%~next' ORDER BY rollup
 
 -- name: waiting
 -- Closed buckets that wait, and the oldest of them.

@@ -3,75 +3,69 @@
 -- A bucket is closed if it comes before the one ({open}) that is open now, by the database's clock, less what the rollup
 -- gives events to settle.
 
--- name: remembered
--- What the last tick saw of the notes, a part of `look` and `sort_in`: a note is unseen if its transaction came after
--- that snapshot (from `floor` on), or was in progress in it and has ended since (`late`). In another cluster the numbers
--- of transactions mean nothing, so a restored dump has seen none.
-job AS MATERIALIZED (
-    SELECT
-        state.job IS NOT NULL AS known,
-        state.queued_from,
-        CASE WHEN valid THEN pg_snapshot_xmax(state.notes_seen) ELSE '0' END AS floor,
-        CASE
-            WHEN valid
-                THEN ARRAY(
-                    SELECT xid FROM pg_snapshot_xip(state.notes_seen) AS xid
-                    WHERE pg_visible_in_snapshot(xid, pg_current_snapshot())
-                )
-            ELSE '{{}}'
-        END AS late
-    FROM (SELECT) AS always
-    LEFT JOIN {schema}.state AS state ON state.job = %(job)s
-    CROSS JOIN LATERAL (
-        SELECT coalesce(
-            state.notes_seen_in = {here}
-                AND pg_snapshot_xmax(state.notes_seen) <= pg_snapshot_xmax(pg_current_snapshot()),
-            false
-        ) AS valid
-    ) AS remembered
-)
-
--- name: here
--- The cluster and the database in which a transaction's number means something: a part of `remembered` and `sort_in`.
-(
-    SELECT format('%%s/%%s', system_identifier, oid) FROM pg_control_system(), pg_database
-    WHERE datname = current_database()
-)
-
 -- name: look
--- All that an idle tick needs to know, in one indexed probe.
-WITH {remembered}
+-- What was migrated, and what is remembered of the job. The numbers of transactions that are remembered mean something
+-- in one cluster and database only (`here`). A session's first statement pays for each function that it names.
 SELECT
     extract(epoch FROM now())::float8 AS started,
-    registered.definition - 'places' = %(definition)s::jsonb AS current,
     registered.definition,
     registered.history_queued_at IS NOT NULL AS history_queued,
-    job.known,
-    ARRAY(SELECT job FROM {schema}.state WHERE job IN (%(rollup)s, %(job)s) AND paused ORDER BY job) AS paused,
-    coalesce(job.queued_from < {open}, false)
-        OR EXISTS (
-            SELECT FROM {schema}.dirty_bucket
-            WHERE rollup = %(rollup)s AND grain = %(grain)s
-                AND xid >= (SELECT floor FROM job) AND bucket < {open}
-        )
-        OR EXISTS (
-            SELECT FROM {schema}.dirty_bucket
-            WHERE rollup = %(rollup)s AND grain = %(grain)s
-                AND xid = ANY ((SELECT late FROM job)::xid8[]) AND bucket < {open}
-        ) AS dirty,
-    -- Only without an unseen note, of an open bucket for instance, is everything seen that this snapshot shows.
-    CASE WHEN NOT EXISTS (
-        SELECT FROM {schema}.dirty_bucket
-        WHERE rollup = %(rollup)s AND grain = %(grain)s AND xid >= (SELECT floor FROM job)
-    ) AND NOT EXISTS (
-        SELECT FROM {schema}.dirty_bucket
-        WHERE rollup = %(rollup)s AND grain = %(grain)s
-            AND xid = ANY ((SELECT late FROM job)::xid8[])
-    ) THEN pg_current_snapshot()::text END AS seen,
-    extract(epoch FROM {until})::float8 AS until,
-    to_char({newest} AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI:SS') AS newest
-FROM {schema}.rollup AS registered, job
+    state.job IS NOT NULL AS known,
+    coalesce(state.paused, false) AS paused,
+    coalesce(whole.paused, false) AS rollup_paused,
+    extract(epoch FROM state.queued_from)::float8 AS queued_from,
+    extract(epoch FROM finer.aggregated_until)::float8 AS finer_until,
+    state.notes_seen::text AS notes_seen,
+    state.notes_seen_in,
+    (SELECT system_identifier FROM pg_control_system())::text || '/' || current_database() AS here,
+    pg_snapshot_xmax(pg_current_snapshot())::text AS next
+FROM {schema}.rollup AS registered
+LEFT JOIN {schema}.state AS state ON state.job = %(job)s
+LEFT JOIN {schema}.state AS whole ON whole.job = %(rollup)s
+LEFT JOIN {schema}.state AS finer ON finer.job = %(finer)s
 WHERE registered.rollup = %(rollup)s
+
+-- name: local_horizon
+-- The bucket that is open now, how far a tick looks, and the bucket before: for local days, whose length differs.
+SELECT
+    extract(epoch FROM {open})::float8 AS open,
+    extract(epoch FROM least({open}, {of_finer}))::float8 AS until,
+    extract(epoch FROM {last})::float8 AS last
+
+-- name: floor
+-- The instant before which no bucket is computed anew.
+SELECT
+    extract(epoch FROM {floor})::float8 AS second, to_char({floor} AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI:SS') AS shown
+
+-- name: unseen
+-- Whether there are notes of transactions that came after those seen before; an indexed probe.
+SELECT
+    EXISTS (
+        SELECT FROM {schema}.dirty_bucket
+        WHERE rollup = %(rollup)s AND grain = %(grain)s AND xid >= %(unseen_from)s::xid8
+    ) AS noted,
+    EXISTS (
+        SELECT FROM {schema}.dirty_bucket
+        WHERE rollup = %(rollup)s AND grain = %(grain)s AND xid >= %(unseen_from)s::xid8 AND bucket < {open}
+    ) AS closed,
+    pg_current_snapshot()::text AS snapshot
+
+-- name: unseen_late
+-- The same for transactions that were in progress when they were last looked for.
+SELECT
+    EXISTS (
+        SELECT FROM {schema}.dirty_bucket
+        WHERE rollup = %(rollup)s AND grain = %(grain)s AND xid = ANY (ended.late)
+    ) AS noted,
+    EXISTS (
+        SELECT FROM {schema}.dirty_bucket
+        WHERE rollup = %(rollup)s AND grain = %(grain)s AND xid = ANY (ended.late) AND bucket < {open}
+    ) AS closed
+FROM (
+    -- What is in progress still has no note to show, only many to look at.
+    SELECT array_agg(xid) AS late FROM unnest(%(late)s::xid8[]) AS xid
+    WHERE pg_visible_in_snapshot(xid, pg_current_snapshot())
+) AS ended
 
 -- name: add_state
 -- The row of a job, whose lock stands for the job.
@@ -86,28 +80,19 @@ SET last_started_at = to_timestamp(%(started)s), last_completed_at = clock_times
     aggregated_until = greatest(state.aggregated_until, to_timestamp(%(until)s)),
     -- An older snapshot than another session's is right too, only not as quick.
     notes_seen = coalesce(%(seen)s::pg_snapshot, state.notes_seen),
-    notes_seen_in = CASE WHEN %(seen)s::text IS NULL THEN state.notes_seen_in ELSE {here} END
+    notes_seen_in = CASE WHEN %(seen)s::text IS NULL THEN state.notes_seen_in ELSE %(here)s END
 FROM setting, held
 WHERE state.job = held.job
 
--- name: hold
--- The lock of a job, until the end of the transaction; it holds across hosts and behind a transaction pooler.
-SELECT job FROM {schema}.state WHERE job = %(job)s FOR UPDATE SKIP LOCKED
-
--- name: hold_for_workers
--- The same lock, which lets sessions in that say they belong to it.
-SELECT job FROM {schema}.state WHERE job = %(job)s FOR NO KEY UPDATE SKIP LOCKED
-
--- name: join_holder
--- The lock of a session that works for the holder; while it has it, nobody else can hold the job.
-SELECT job FROM {schema}.state WHERE job = %(job)s FOR KEY SHARE SKIP LOCKED
-
 -- name: steady
 -- What a transaction reads must not depend on its role or host: rows that a policy hides are an error rather than a
--- smaller sum, and casts of times are in UTC. Compiling a chunk's statement takes longer (0.1 s) than running it. A chunk
--- that a crash of the server loses is in the queue again, so it need not wait for the disk. Neither a lock nor a client
--- that is gone keeps the job for long.
-SELECT
+-- smaller sum, and casts of times and numbers are in one form. Compiling a chunk's statement takes longer (0.1 s) than
+-- running it. A chunk that a crash of the server loses is in the queue again, so it need not wait for the disk. Neither a
+-- lock nor a client that is gone keeps the job for long.
+SELECT {settings}
+
+-- name: settings
+-- The settings of such a transaction: a part of `steady` and of the locks.
     set_config('extra_float_digits', '1', true) AS extra_float_digits,
     set_config('row_security', 'off', true) AS row_security,
     set_config('TimeZone', 'UTC', true) AS time_zone,
@@ -118,6 +103,25 @@ SELECT
     set_config('idle_in_transaction_session_timeout', '60s', true) AS idle_timeout,
     CASE WHEN pg_size_bytes(current_setting('work_mem')) < pg_size_bytes(%(work_mem)s)
         THEN set_config('work_mem', %(work_mem)s, true) END AS work_mem
+
+-- name: hold
+-- The same, and the lock of a job until the end of the transaction, which holds across hosts and behind a transaction
+-- pooler; no row comes back if another session has it.
+SELECT {settings},
+    coalesce(state.queued_from < {open}, false) AS queued,
+    state.notes_seen::text AS notes_seen,
+    state.notes_seen_in
+FROM {schema}.state AS state
+WHERE state.job = %(job)s
+FOR UPDATE SKIP LOCKED
+
+-- name: hold_for_workers
+-- A lock of the job that lets sessions in that say they belong to it.
+SELECT {settings} FROM {schema}.state WHERE job = %(job)s FOR NO KEY UPDATE SKIP LOCKED
+
+-- name: join_holder
+-- The lock of a session that works for the holder; while it has it, nobody else can hold the job.
+SELECT {settings} FROM {schema}.state WHERE job = %(job)s FOR KEY SHARE SKIP LOCKED
 
 -- name: claim_history
 -- The right to queue the history, for one session at a time.
@@ -152,14 +156,14 @@ JOIN pg_class AS class ON class.oid = tree.oid
 INSERT INTO {schema}.dirty_bucket (rollup, grain, bucket)
 SELECT DISTINCT %(rollup)s, %(grain)s, {bucket}
 FROM {source}
-WHERE isfinite({time})
+WHERE isfinite({time}) AND {time} >= {floor} AND {bucket} >= {floor}
 
 -- name: queue_dense_history
 -- The same by jumping from bucket to bucket in an index on the time.
 WITH RECURSIVE found AS (
     (
         SELECT {bucket} AS bucket FROM {source}
-        WHERE {time} > '-infinity' AND {time} < 'infinity' ORDER BY {time} LIMIT 1
+        WHERE {time} > '-infinity' AND {time} >= {floor} AND {time} < 'infinity' ORDER BY {time} LIMIT 1
     )
     UNION ALL
     SELECT (
@@ -169,13 +173,13 @@ WITH RECURSIVE found AS (
     WHERE found.bucket IS NOT NULL
 )
 INSERT INTO {schema}.dirty_bucket (rollup, grain, bucket)
-SELECT %(rollup)s, %(grain)s, bucket FROM found WHERE bucket IS NOT NULL
+SELECT %(rollup)s, %(grain)s, bucket FROM found WHERE bucket >= {floor}
 
 -- name: queue_target
 -- Every bucket of the table, for a mark that stands for all of them.
 WITH queued AS (
     INSERT INTO {schema}.queued_bucket (rollup, grain, bucket)
-    SELECT DISTINCT %(rollup)s, %(grain)s, bucket FROM {target}
+    SELECT DISTINCT %(rollup)s, %(grain)s, bucket FROM {target} WHERE bucket >= {floor}
     ON CONFLICT DO NOTHING
     RETURNING bucket
 )
@@ -191,34 +195,90 @@ WITH span AS MATERIALIZED (
     INSERT INTO {schema}.dirty_bucket (rollup, grain, bucket)
     SELECT %(rollup)s, %(grain)s, {bucket}
     FROM {source}
-    WHERE {time} >= (SELECT low FROM span) AND {time} < (SELECT high FROM span)
+    WHERE {time} >= (SELECT low FROM span) AND {time} < (SELECT high FROM span) AND {bucket} >= {floor}
     UNION
     SELECT %(rollup)s, %(grain)s, bucket FROM {target}
-    WHERE bucket >= (SELECT low FROM span) AND bucket < (SELECT high FROM span)
+    WHERE bucket >= (SELECT low FROM span) AND bucket < (SELECT high FROM span) AND bucket >= {floor}
     RETURNING bucket
 )
 SELECT count(*) AS buckets FROM queued
 
 -- name: sort_in
 -- The unseen notes become entries of the queue, one for each bucket, and are seen. All of this is one statement, so the
--- notes that it takes are those that its snapshot shows.
-WITH {remembered}, taken AS (
+-- notes that it takes are those that its snapshot shows. Buckets whose source rows may be gone never come into the queue,
+-- and leave it if they waited too long.
+WITH taken AS (
     DELETE FROM {schema}.dirty_bucket
     WHERE rollup = %(rollup)s AND grain = %(grain)s
-        AND (xid >= (SELECT floor FROM job) OR xid = ANY ((SELECT late FROM job)::xid8[]))
+        AND (xid >= %(unseen_from)s::xid8 OR xid = ANY (%(late)s::xid8[]))
     RETURNING bucket
+), expired AS (
+    DELETE FROM {schema}.queued_bucket
+    WHERE rollup = %(rollup)s AND grain = %(grain)s
+        AND bucket >= (SELECT queued_from FROM {schema}.state WHERE job = %(job)s) AND bucket < {floor}
+    RETURNING bucket
+), dirty AS MATERIALIZED (
+    SELECT DISTINCT bucket FROM taken
+), wanted AS MATERIALIZED (
+    SELECT bucket FROM dirty WHERE bucket > '-infinity' AND bucket >= {floor}
 ), queued AS (
     INSERT INTO {schema}.queued_bucket (rollup, grain, bucket)
-    SELECT DISTINCT %(rollup)s, %(grain)s, bucket FROM taken WHERE bucket > '-infinity'
+    SELECT %(rollup)s, %(grain)s, bucket FROM wanted
     ON CONFLICT DO NOTHING
+), found AS MATERIALIZED (
+    SELECT
+        min(bucket) AS first,
+        max(bucket) FILTER (WHERE bucket < {open}) AS last_closed,
+        count(*) FILTER (WHERE bucket < {open}) AS closed
+    FROM wanted
 )
 UPDATE {schema}.state AS state
 SET last_started_at = to_timestamp(%(started)s),
     notes_seen = pg_current_snapshot(),
-    notes_seen_in = {here},
-    queued_from = least(state.queued_from, (SELECT min(bucket) FROM taken WHERE bucket > '-infinity'))
+    notes_seen_in = %(here)s,
+    queued_from = least(state.queued_from, found.first)
+FROM found
 WHERE state.job = %(job)s
-RETURNING EXISTS (SELECT FROM taken WHERE bucket = '-infinity') AS marked
+RETURNING
+    EXISTS (SELECT FROM dirty WHERE bucket = '-infinity') AS marked,
+    found.closed,
+    CASE WHEN found.closed > 0 THEN extract(epoch FROM found.first)::bigint END AS low,
+    CASE WHEN found.closed > 0 THEN extract(epoch FROM found.last_closed)::bigint END AS high,
+    ARRAY(
+        SELECT extract(epoch FROM bucket)::bigint FROM dirty WHERE bucket > '-infinity' AND bucket < {floor}
+        UNION
+        SELECT extract(epoch FROM bucket)::bigint FROM expired
+    ) AS too_old
+
+-- name: late_by_index
+-- Which buckets the source still holds rows of: the others were purged. One range of an index for each.
+SELECT
+    count(*) AS buckets,
+    to_char(min(batchctl_low) AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI:SS') AS first,
+    to_char(max(batchctl_low) AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI:SS') AS last
+FROM (
+    SELECT bucket AS batchctl_low, {next} AS batchctl_high
+    FROM (SELECT to_timestamp(second) AS bucket FROM unnest(%(buckets)s::bigint[]) AS second) AS listed
+) AS batchctl_range
+WHERE EXISTS (
+    SELECT FROM {source}
+    WHERE {time} >= batchctl_range.batchctl_low AND {time} < batchctl_range.batchctl_high{where}
+)
+
+-- name: late_by_scan
+-- The same where no index helps, by reading the source once.
+SELECT
+    count(*) AS buckets,
+    to_char(min(bucket) AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI:SS') AS first,
+    to_char(max(bucket) AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI:SS') AS last
+FROM (
+    SELECT DISTINCT {bucket} AS bucket FROM {source}
+    WHERE isfinite({time}) AND {time} < {floor}
+        AND {bucket} IN (SELECT to_timestamp(second) FROM unnest(%(buckets)s::bigint[]) AS second){where}
+) AS held
+
+-- name: count_ignored
+UPDATE {schema}.state SET ignored_buckets = ignored_buckets + %(buckets)s WHERE job = %(job)s
 
 -- name: pick
 -- The newest closed buckets in the queue.
@@ -229,17 +289,29 @@ FROM (
     SELECT bucket FROM {schema}.queued_bucket
     WHERE rollup = %(rollup)s AND grain = %(grain)s
         AND bucket >= (SELECT queued_from FROM {schema}.state WHERE job = %(job)s)
-        AND bucket < least({open}, coalesce(to_timestamp(%(below)s::float8), 'infinity'))
+        AND bucket >= {floor} AND bucket < least({open}, coalesce(to_timestamp(%(below)s::float8), 'infinity'))
     ORDER BY bucket DESC
     LIMIT %(limit)s
 ) AS newest
 
+-- name: keep_definition
+-- The rollup, unless it was changed; nobody changes it until the end of the transaction.
+SELECT rollup FROM {schema}.rollup
+WHERE rollup = %(rollup)s AND definition - 'places' = %(definition)s::jsonb
+FOR SHARE
+
 -- name: take
--- The buckets of a range, out of the queue, and whether the table holds anything there.
+-- The buckets of a range, out of the queue, and whether the table holds anything there. What became too old since it was
+-- picked stays for the next tick to sort out. None if the rollup was changed since the tick began: its tables are no
+-- longer those that this tick knows, and the queue is for the new ones.
 WITH taken AS (
     DELETE FROM {schema}.queued_bucket
     WHERE rollup = %(rollup)s AND grain = %(grain)s
-        AND bucket >= to_timestamp(%(low)s) AND bucket <= to_timestamp(%(high)s)
+        AND bucket >= to_timestamp(%(low)s) AND bucket <= to_timestamp(%(high)s) AND bucket >= {floor}
+        AND EXISTS (
+            SELECT FROM {schema}.rollup
+            WHERE rollup = %(rollup)s AND definition - 'places' = %(definition)s::jsonb
+        )
     RETURNING bucket
 )
 SELECT
@@ -506,24 +578,21 @@ BEGIN
         GET DIAGNOSTICS batchctl_touched = ROW_COUNT;
         IF batchctl_touched = 2 THEN
             INSERT INTO {schema}.dirty_bucket (rollup, grain, bucket)
-            SELECT DISTINCT {rollup}, {grain}, {bucket}
-            FROM new_rows
-            WHERE isfinite({time});
+            SELECT {rollup}, {grain}, touched.bucket
+            FROM (SELECT DISTINCT {bucket} AS bucket FROM new_rows WHERE isfinite({time})) AS touched;
         END IF;
     ELSIF TG_OP = 'UPDATE' THEN
         INSERT INTO {schema}.dirty_bucket (rollup, grain, bucket)
-        SELECT {rollup}, {grain}, {bucket}
-        FROM old_rows
-        WHERE isfinite({time})
-        UNION
-        SELECT {rollup}, {grain}, {bucket}
-        FROM new_rows
-        WHERE isfinite({time});
+        SELECT {rollup}, {grain}, touched.bucket
+        FROM (
+            SELECT {bucket} AS bucket FROM old_rows WHERE isfinite({time})
+            UNION
+            SELECT {bucket} FROM new_rows WHERE isfinite({time})
+        ) AS touched;
     ELSIF TG_OP = 'DELETE' THEN
         INSERT INTO {schema}.dirty_bucket (rollup, grain, bucket)
-        SELECT DISTINCT {rollup}, {grain}, {bucket}
-        FROM old_rows
-        WHERE isfinite({time});
+        SELECT {rollup}, {grain}, touched.bucket
+        FROM (SELECT DISTINCT {bucket} AS bucket FROM old_rows WHERE isfinite({time})) AS touched;
     ELSE
         INSERT INTO {schema}.dirty_bucket (rollup, grain, bucket) VALUES ({rollup}, {grain}, '-infinity');
     END IF;

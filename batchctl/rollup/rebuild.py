@@ -1,0 +1,95 @@
+"""Fills the new version of a rollup, until it is as far as the source is."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from batchctl.errors import BatchctlError
+from batchctl.rollup.chunk import since
+from batchctl.rollup.refresh import Limits, tick
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from logging import Logger
+
+    from batchctl.clock import Clock
+    from batchctl.rollup.refresh import Advance, GrainResult
+    from batchctl.rollup.swap import Change
+    from batchctl.state.database import Session
+
+CAUGHT_UP_SECONDS = 5.0
+"""What the new version lacks after so short a round is left to the ticks after it."""
+ELSEWHERE_SECONDS = 1.0
+"""How long to wait while another migration fills the same tables."""
+NEWS_SECONDS = 5.0
+"""How often somebody who waits is told how far it is."""
+
+
+def fill(session: Session, change: Change, clock: Clock, log: Logger, say: Callable[[str], None]) -> bool:
+    """Work off the history of a new version, all grains, newest first; False if it was taken away meanwhile.
+
+    What was committed stays when this is interrupted, and the next call goes on from there.
+
+    Args:
+        session: An open session, no transaction begun.
+        change: The change.
+        clock: Measures durations and waits.
+        log: Takes the lines of the rollup.
+        say: Takes a line for somebody who waits.
+
+    Raises:
+        BatchctlError: a bucket cannot be computed by the new definition.
+    """
+    while True:
+        begun = clock.monotonic()
+        results = []
+        for grain in change.definition.grains:
+            result = _fill_grain(session, change, grain.name, clock, log, say)
+            if result is None:
+                return False
+            results.append(result)
+        outcomes = {result.outcome for result in results}
+        if "skipped" in outcomes:
+            clock.sleep(ELSEWHERE_SECONDS)
+        elif outcomes == {"empty"} or since(begun, clock) < CAUGHT_UP_SECONDS:
+            return True
+
+
+def _fill_grain(  # noqa: PLR0917 - what `fill` has
+    session: Session, change: Change, grain: str, clock: Clock, log: Logger, say: Callable[[str], None]
+) -> GrainResult | None:
+    told = clock.monotonic()
+
+    def progress(advance: Advance) -> None:
+        nonlocal told
+        if clock.monotonic() - told >= NEWS_SECONDS:
+            told = clock.monotonic()
+            say(f"rollup.{change.definition.name}: {advance.buckets:,} buckets of {grain} built so far")
+
+    reason = None
+    try:
+        result = tick(session, change.next_definition, grain, clock, log, Limits(math.inf, progress=progress))
+        reason = result.reason if result.outcome == "failed" else None
+    except BatchctlError:
+        if _stands(session, change):
+            raise
+        return None
+    if not _stands(session, change):
+        return None
+    if reason is not None:
+        raise BatchctlError(
+            f"rollup.{change.definition.name}: its new tables cannot be built, the old ones stay: {grain}: {reason}. "
+            "Correct the source, or the definition, and run `batchctl migrate` again; what is built already is kept"
+        )
+    if result.buckets:
+        say(f"rollup.{change.definition.name}: {grain} built ({result.buckets:,} buckets)")
+    return result
+
+
+def _stands(session: Session, change: Change) -> bool:
+    """Tell whether the new version is still what is configured here."""
+    rows = session.fetch("rollup.registered")
+    return any(
+        row.rollup == change.next_definition.name and row.definition == change.definition.as_json() for row in rows
+    )

@@ -1,0 +1,149 @@
+"""The queue of dirty buckets: what a tick remembers of the notes it has seen, and what it need not look at again."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import contextmanager
+from pathlib import Path
+
+import psycopg
+import pytest
+from psycopg.conninfo import conninfo_to_dict
+
+from batchctl.clock import SystemClock
+from batchctl.config import Rollup
+from batchctl.rollup import queue
+from batchctl.rollup.ddl import migrate
+from batchctl.rollup.definition import read_definition
+from batchctl.rollup.refresh import tick
+from batchctl.state.database import Database
+from batchctl.state.migrate import upgrade
+
+pytestmark = pytest.mark.any_user
+
+CLOCK = SystemClock()
+LOG = logging.getLogger("queue")
+DEFINITION = read_definition(
+    "trend",
+    Rollup(source="fact_events", time="occurred_at", measures={"events": "count(*)"}, grains=("1m",)),
+    Path("batchctl.toml"),
+)
+NAIVE = "SELECT FROM batchctl.dirty_bucket WHERE rollup = 'trend' AND grain = '1m' AND bucket < now() LIMIT 1"
+"""A look at the notes that remembers nothing."""
+
+
+@contextmanager
+def connected(url):
+    with Database(conninfo_to_dict(url), "batchctl", CLOCK).connect() as session:
+        yield session
+
+
+@pytest.fixture
+def session(database_url):
+    with psycopg.connect(database_url, autocommit=True) as connection:
+        connection.execute(f"ALTER DATABASE {connection.info.dbname} SET search_path = public")
+        connection.execute("CREATE TABLE fact_events (occurred_at timestamptz)")
+        connection.execute("CREATE INDEX ON fact_events (occurred_at)")
+    with connected(database_url) as session:
+        upgrade(session)
+        migrate(session, [DEFINITION], CLOCK)
+        tick(session, DEFINITION, "1m", CLOCK, LOG)
+        yield session
+
+
+def insert(connection, minute="06:51"):
+    connection.execute("INSERT INTO fact_events VALUES (%s)", [f"2025-11-13 {minute}Z"])
+
+
+def pages(session, statement):
+    """Count the pages that a statement touches when it runs."""
+    text = statement if isinstance(statement, str) else statement.as_string()
+    plan = session.connection.execute(f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {text}").fetchone()[0][0]["Plan"]
+    return plan["Shared Hit Blocks"] + plan["Shared Read Blocks"]
+
+
+def probe(session):
+    """Return the probe of an idle tick, with its values filled in."""
+    found = []
+    run = session.run
+
+    def overhear(statement, parameters=None):
+        if "AS noted" in statement.as_string():
+            cursor = psycopg.ClientCursor(session.connection)
+            found.append(cursor.mogrify(statement, parameters))
+        return run(statement, parameters)
+
+    session.run = overhear
+    try:
+        assert tick(session, DEFINITION, "1m", CLOCK, LOG).outcome == "empty"
+    finally:
+        del session.run
+    return found[0]
+
+
+def test_a_probe_does_not_look_at_notes_that_an_old_snapshot_keeps(session, database_url):
+    with psycopg.connect(database_url) as old:
+        old.execute("SET default_transaction_isolation = 'repeatable read'")
+        old.commit()
+        old.execute("SELECT count(*) FROM fact_events")
+        session.connection.execute(
+            "DO $$ BEGIN FOR i IN 1..20000 LOOP INSERT INTO fact_events VALUES ('2025-11-13 06:51Z'); END LOOP; END $$"
+        )
+        assert tick(session, DEFINITION, "1m", CLOCK, LOG).outcome == "success"
+        assert tick(session, DEFINITION, "1m", CLOCK, LOG).outcome == "empty"
+        session.connection.execute("VACUUM batchctl.dirty_bucket")
+        session.connection.execute("ANALYZE batchctl.dirty_bucket")
+        # The control: the notes are still there for whoever looks without remembering.
+        assert pages(session, NAIVE) > 100
+        assert pages(session, probe(session)) < 30
+
+
+def test_what_commits_after_it_was_overtaken_is_seen_and_what_was_seen_is_not_looked_for(session, database_url):
+    with psycopg.connect(database_url) as slow:
+        insert(slow, "06:10")
+        for number in range(3):
+            insert(session.connection, f"06:2{number}")
+            assert tick(session, DEFINITION, "1m", CLOCK, LOG).buckets == 1
+        look, work = queue.look(session, DEFINITION, DEFINITION.finest)
+        assert not look.dirty
+        row = session.connection.execute(
+            "SELECT notes_seen::text AS notes_seen, notes_seen_in FROM batchctl.state"
+        ).fetchone()
+        seen = queue.Seen.read(row, look)
+        assert len(seen.late) == 1
+        assert seen.unseen_from > seen.late[0]
+        slow.commit()
+    assert tick(session, DEFINITION, "1m", CLOCK, LOG).buckets == 1
+    assert tick(session, DEFINITION, "1m", CLOCK, LOG).outcome == "empty"
+    assert session.connection.execute("SELECT sum(events) FROM agg_1m").fetchone()[0] == 4
+    assert work.run("remaining")[0].buckets == 0
+
+
+def test_a_note_of_an_open_bucket_stays_unseen_until_the_bucket_is_closed(session):
+    session.connection.execute("INSERT INTO fact_events VALUES (now() + interval '1 hour')")
+    before = session.connection.execute("SELECT notes_seen::text FROM batchctl.state").fetchone()
+    assert tick(session, DEFINITION, "1m", CLOCK, LOG).outcome == "empty"
+    assert session.connection.execute("SELECT notes_seen::text FROM batchctl.state").fetchone() == before
+    # Sorted in along with a closed one, it waits in the queue, where time alone makes it due.
+    insert(session.connection)
+    assert tick(session, DEFINITION, "1m", CLOCK, LOG).buckets == 1
+    assert tick(session, DEFINITION, "1m", CLOCK, LOG).outcome == "empty"
+    session.connection.execute("UPDATE batchctl.queued_bucket SET bucket = bucket - interval '2 hours'")
+    session.connection.execute("UPDATE batchctl.state SET queued_from = queued_from - interval '2 hours'")
+    assert tick(session, DEFINITION, "1m", CLOCK, LOG).buckets == 1
+
+
+def test_numbers_of_transactions_from_elsewhere_are_not_believed(session):
+    insert(session.connection)
+    session.connection.execute("UPDATE batchctl.state SET notes_seen = '9999999:9999999:'")
+    assert tick(session, DEFINITION, "1m", CLOCK, LOG).buckets == 1
+    insert(session.connection, "06:52")
+    session.connection.execute("UPDATE batchctl.state SET notes_seen_in = 'another/1', notes_seen = '9999999:9999999:'")
+    assert tick(session, DEFINITION, "1m", CLOCK, LOG).buckets == 1
+
+
+def test_an_idle_tick_writes_one_row_and_no_transaction_waits_for_it(session):
+    before = session.connection.execute("SELECT pg_current_wal_insert_lsn()").fetchone()[0]
+    assert tick(session, DEFINITION, "1m", CLOCK, LOG).outcome == "empty"
+    written = session.connection.execute("SELECT pg_current_wal_insert_lsn() - %s::pg_lsn", [before]).fetchone()[0]
+    assert written < 20_000
