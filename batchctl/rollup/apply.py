@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from batchctl.errors import BatchctlError
+from batchctl.rollup.steps import LOCK_MILLISECONDS, LOCK_TIMEOUT
 from batchctl.state.database import sql
 
 if TYPE_CHECKING:
@@ -14,12 +15,8 @@ if TYPE_CHECKING:
     from batchctl.rollup.steps import Step
     from batchctl.state.database import Session
 
-# Whoever waits for a lock on the source makes the application wait behind it, so the wait is short and often repeated.
-LOCK_MILLISECONDS = 200
 PAUSE_SECONDS = 0.8
 PATIENCE_SECONDS = 30.0
-LOCK_TIMEOUT = {"55P03", "40P01"}
-"""SQLSTATE of a lock that was not free in time, or that would have been a deadlock."""
 PASSING = {"unfinished"}
 """What a registered definition carries for a while, and what no step expects or forbids."""
 
