@@ -37,6 +37,10 @@ def check_rollup(session: Session, definition: Definition, clock: Clock) -> Iter
     if plan.created:
         yield not_migrated(definition.name)
         return
+    if plan.changed:
+        text = f"{place} has changed since it was migrated, so it is not aggregated"
+        yield error("rollup", text, MIGRATE, ExitCode.CONFIGURATION)
+        return
     said = [text.removeprefix(f"{place}: ") for text in plan.warnings if text.startswith(f"{place}: ")]
     for text in said:
         found, _, advice = text.rpartition("; ")
@@ -47,7 +51,13 @@ def check_rollup(session: Session, definition: Definition, clock: Clock) -> Iter
     if plan.statements and not said:
         yield warning("rollup", f"{place} is of an earlier batchctl", MIGRATE)
     if not plan.statements and not said:
-        yield ok("rollup", f"{place}: tables and triggers are as configured")
+        yield ok("rollup", f"{place}: tables and triggers are as configured{_purge(definition)}")
+
+
+def _purge(definition: Definition) -> str:
+    if definition.retention_seconds:
+        return ""
+    return "; rows that are deleted or purged leave the rollup too, unless source_retention is set"
 
 
 def not_migrated(name: str) -> Finding:

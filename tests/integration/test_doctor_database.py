@@ -232,7 +232,7 @@ def test_a_rollup_that_was_changed(session, tmp_path):
     (changed,) = read_definitions(configured(ROLLUP + 'last = "max(occurred_at)"\n', tmp_path))
     (found,) = rollups.check_rollup(session, changed, CLOCK)
     assert (found.state, found.exit_code) == ("error", ExitCode.CONFIGURATION)
-    assert "changed since it was migrated" in found.found
+    assert "has changed since it was migrated" in found.found
 
 
 @pytest.mark.parametrize(
