@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 FILE_NAME = "batchctl.toml"
+NONE_FOUND = "no configuration file"
+"""How the message begins."""
 SYSTEM_FILE = Path("/etc") / FILE_NAME
 SYSTEM_STATE_DIRECTORY = Path("/var/lib/batchctl")
 
@@ -41,7 +43,7 @@ def find_file(option: Path | None, environment: Mapping[str, str]) -> Path:
         if _is_file(place, refuse=False):
             return place
     raise ConfigurationError(
-        f"no configuration file: looked for {', '.join(str(place) for place in places)}; "
+        f"{NONE_FOUND}: looked for {', '.join(str(place) for place in places)}; "
         "`batchctl init` writes a starter, --config or $BATCHCTL_CONFIG names another"
     )
 

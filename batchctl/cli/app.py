@@ -16,7 +16,7 @@ import typer
 
 from batchctl.cli.session import LogFormat, Session
 from batchctl.cli.terminal import lost
-from batchctl.errors import MEANING, BatchctlError, ExitCode
+from batchctl.errors import MEANING, BatchctlError, ExitCode, UsageError
 
 # The mark keeps the lines as they are.
 EXIT_CODES = "\b\nExit codes:\n" + "\n".join(
@@ -141,7 +141,7 @@ def main() -> NoReturn:
         app(prog_name="batchctl")
     except BatchctlError as error:
         said = session.explained(error.__cause__) or error
-        _complain(str(said))
+        _complain(str(said), logged=not isinstance(said, UsageError))
         sys.exit(said.exit_code)
     except Exception as error:  # the boundary: what nobody expected is a bug, said in one line
         if known := session.explained(error):
@@ -158,9 +158,10 @@ def main() -> NoReturn:
     sys.exit(ExitCode.DONE)
 
 
-def _complain(message: str) -> None:
+def _complain(message: str, *, logged: bool = True) -> None:
+    """Say what went wrong in one line: through the log once there is one, but wrong usage is no matter of the log."""
     line = " ".join(message.split())
-    if session.log is not None:
+    if session.log is not None and logged:
         session.log.error(line)
     elif sys.stderr is not None:
         sys.stderr.write(f"batchctl: {line}\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -34,8 +35,9 @@ def doctor(
     program = this_program()
     if as_cron:
         options = [] if session.config is None else ["--config", str(session.config)]
+        configuration = _found_here(session)
         try:
-            found = examine_as_cron((*program, *options), _path_of_cron(session), os.environ)
+            found = examine_as_cron((*program, *options), _path_of_cron(configuration), os.environ, configuration)
         except BatchctlError as problem:
             found = (raised("environment", problem),)
     else:
@@ -53,12 +55,16 @@ def doctor(
     return exit_code(found)
 
 
-def _path_of_cron(session: Session) -> str:
-    """Return the PATH that the crontab sets for this configuration, as far as that can be read here."""
+def _found_here(session: Session) -> Path | None:
+    """Return the configuration file, if it can be read here."""
+    try:
+        return session.configuration.path
+    except BatchctlError:
+        return None
+
+
+def _path_of_cron(configuration: Path | None) -> str:
+    """Return the PATH that the crontab sets for this configuration."""
     from batchctl.doctor.cron import read_lines
 
-    try:
-        path = session.configuration.path
-    except BatchctlError:
-        path = None
-    return read_lines(path).path()
+    return read_lines(configuration).path()

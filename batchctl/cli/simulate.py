@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime, tzinfo
+from datetime import UTC, datetime, timedelta, tzinfo
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from batchctl.config import Duration, OptionalDuration
     from batchctl.report.player import Length
     from batchctl.report.scenario import Scenario, Wish
+    from batchctl.state.store import Store
 
 MOST_FACTOR = 100
 
@@ -124,16 +125,20 @@ def _scenario(
 def _with_history(session: Session, scenario: Scenario, jobs: tuple[str | None, ...]) -> Scenario:
     """Play the last real durations of the jobs for which none is given; after a change of quantities, the estimate."""
     from dataclasses import replace
-    from datetime import timedelta
 
     from batchctl.report.player import Length
     from batchctl.schedule.estimate import estimate, step_seconds
 
     lengths = dict(scenario.lengths)
     known: dict[str | None, tuple[float, ...]] = {}
+    parts_known = set()
     with session.connect() as store:
         for job in (job for job in jobs if job is not None and job not in lengths):
             latest = store.latest_durations(job)
+            if not latest and (taken := _part(scenario, job, store)) is not None:
+                lengths[job] = (Length(taken),)
+                parts_known.add(job)
+                continue
             if not latest:
                 form = f"{job.partition('/')[2]}=6h" if "/" in job else "6h"
                 raise UsageError(
@@ -147,7 +152,15 @@ def _with_history(session: Session, scenario: Scenario, jobs: tuple[str | None, 
             lengths[job] = tuple(Length(timedelta(seconds=row.seconds), row.success) for row in latest)
             known[job] = tuple(row.seconds for row in latest if row.success)
         steps = step_seconds(scenario.batch, store.past_runs(scenario.name or ""))
-    return replace(scenario, lengths=lengths, known=known, step_seconds=steps)
+    return replace(scenario, lengths=lengths, known=known, step_seconds=steps, parts_known=frozenset(parts_known))
+
+
+def _part(scenario: Scenario, job: str, store: Store) -> timedelta | None:
+    """Return how long the steps of a group take, as far as runs of the whole batch tell."""
+    from batchctl.schedule.estimate import estimate
+
+    expected = estimate(scenario.batch, job.partition("/")[2] or None, store.past_runs(job))
+    return expected.duration if expected.runs else None
 
 
 def _lengths(texts: list[str]) -> dict[str | None, tuple[Length, ...]]:

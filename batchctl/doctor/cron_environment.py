@@ -8,14 +8,17 @@ import shlex
 import signal
 import subprocess
 from contextlib import suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from batchctl.config_file import NONE_FOUND
 from batchctl.doctor.finding import Finding, error, ok, warning
 from batchctl.doctor.patient import own_entry
 from batchctl.errors import BatchctlError, ExitCode
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from pathlib import Path
 
 SHELL = "/bin/sh"
 LIMIT_SECONDS = 240.0
@@ -37,13 +40,16 @@ def cron_environment(path: str) -> dict[str, str]:
     return {"HOME": entry.pw_dir, "LOGNAME": entry.pw_name, "SHELL": SHELL, "PATH": path}
 
 
-def examine_as_cron(program: Sequence[str], path: str, here: Mapping[str, str]) -> tuple[Finding, ...]:
+def examine_as_cron(
+    program: Sequence[str], path: str, here: Mapping[str, str], configuration: Path | None = None
+) -> tuple[Finding, ...]:
     """Call the doctor again as cron would: its environment, its shell, no terminal, the home directory.
 
     Args:
         program: The program, absolute, with the options of this call as they were given.
         path: The PATH that cron will have.
         here: The environment of this call.
+        configuration: The file that this call has found, which cron may not find.
 
     Raises:
         BatchctlError: that call ended without a report.
@@ -72,7 +78,20 @@ def examine_as_cron(program: Sequence[str], path: str, here: Mapping[str, str]) 
                 "if the lines below find fault, set it in the crontab or, better, in the configuration",
             )
         )
-    return (*findings, *_read(_call(line, home, environment)))
+    found = _read(_call(line, home, environment))
+    return (*findings, *(_naming(each, configuration) for each in found))
+
+
+def _naming(finding: Finding, configuration: Path | None) -> Finding:
+    """Advise to name the file where cron finds none: another one is not what is missing."""
+    if configuration is None or not finding.found.startswith(NONE_FOUND):
+        return finding
+    option = f"--config {shlex.quote(str(configuration))}"
+    advice = (
+        f"{configuration} is found from here alone: look again by `batchctl doctor --as-cron {option}`, and name it in "
+        "the crontab too, as `batchctl crontab install` does"
+    )
+    return replace(finding, advice=advice)
 
 
 def _call(line: str, home: str, environment: dict[str, str]) -> tuple[str, str, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from batchctl.schedule.estimate import estimate
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
-    from datetime import datetime, timedelta, tzinfo
+    from datetime import datetime, tzinfo
 
     from batchctl.clock import Clock
     from batchctl.config import Configuration
@@ -80,33 +81,34 @@ def check_jobs(configuration: Configuration, rows: Mapping[str, Any]) -> Iterato
 
 
 def check_schedules(configuration: Configuration, store: Store, now: datetime, zone: tzinfo) -> Iterator[Finding]:
-    """Compare how long batches and their gaps take with how often they are to start."""
+    """Compare how often cron starts batches with what they take and how far apart their starts have to be.
+
+    Before the first success only the gap is known, which no run makes shorter.
+    """
     for name, batch in configuration.batches.items():
         jobs = {name: batch.schedule} | {f"{name}/{group}": each.schedule for group, each in batch.group.items()}
         for job, schedule in jobs.items():
             cadence = _cadence(schedule, now, zone) if schedule else None
-            past = store.past_runs(job) if cadence else ()
-            if cadence is None or not past:
+            if cadence is None:
                 continue
             group = job.partition("/")[2] or None
-            taken = estimate(batch, group, past).duration
+            expected = estimate(batch, group, store.past_runs(job))
+            taken = expected.duration if expected.runs else timedelta(0)
             rule = gap_rule(batch, group, zone)
             gap = rule.gap(taken)
-            if rule.every > cadence:
-                # The skips in between are wanted, and a gap that ends a little later costs one more of them.
-                text = f"{job} takes about {elapsed(taken)}, and is to start every {elapsed(rule.every)}"
-                fits = taken <= rule.every
-            else:
-                text = (
-                    f"{job} takes about {elapsed(taken)} and has a gap of {elapsed(gap)} after that, "
-                    f"and cron starts it every {elapsed(cadence)}"
-                )
-                fits = taken + gap <= cadence
-            if not fits:
+            text = f"cron starts {job} every {elapsed(cadence)}"
+            if expected.runs:
+                text = f"{job} takes about {elapsed(taken)}, and cron starts it every {elapsed(cadence)}"
+            # Who asks cron more often than `every` wants most of that skipped.
+            wanted = max(cadence, rule.every)
+            if taken + gap > wanted:
+                why = f", and {elapsed(gap)} have to be between a completion and a start" if taken <= wanted else ""
                 yield warning(
-                    "schedule", f"{text}, so starts are skipped", f"`batchctl simulate {name}` shows what fits"
+                    "schedule", f"{text}{why}, so starts are skipped", f"`batchctl simulate {name}` shows what fits"
                 )
-            else:
+            elif wanted > cadence:
+                yield ok("schedule", f"{text}; all but one start in {elapsed(wanted)} is skipped, as `every` asks")
+            elif expected.runs:
                 yield ok("schedule", text)
 
 

@@ -98,7 +98,8 @@ class JobReader:
             estimate_seconds=seen.estimate.seconds if seen.estimate else None,
             estimate_runs=seen.estimate.runs if seen.estimate else None,
             expected_end_at=own.estimated_end if own else None,
-            overdue=own is not None and own.overdue(self._now),
+            # A run of a part of the batch may be overdue while of the whole nothing is known but the timeout.
+            overdue=own is not None and bool(seen.estimate and seen.estimate.runs) and own.overdue(self._now),
             pid=own.pid if own else None,
             host=own.host if own else None,
             paused=seen.paused,

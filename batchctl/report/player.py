@@ -43,6 +43,8 @@ class Job:
         lengths: How long its runs take, in turn, again and again.
         counts_for: Jobs for which its starts and completions count.
         known: Durations of successes before the first that is played, in seconds.
+        part: Seconds that a group's steps take in a run of the whole batch; its estimate until it has run alone.
+        part_known: Whether the whole batch succeeded before the first run that is played.
     """
 
     name: str | None
@@ -52,6 +54,8 @@ class Job:
     lengths: tuple[Length, ...]
     counts_for: tuple[str | None, ...]
     known: tuple[float, ...] = ()
+    part: float | None = None
+    part_known: bool = False
 
 
 @dataclass(frozen=True)
@@ -120,6 +124,7 @@ class Player:
         self._opens: dict[str, datetime] = {}
         self._turns = {job.name: 0 for job in jobs}
         self._successes = {job.name: job.known[-ESTIMATED_FROM:] for job in jobs}
+        self._whole_succeeded = False
 
     def meet(self, job: Job, time: CronTime) -> Event:
         """Decide about a cron time: the guards in their order, as in reality."""
@@ -144,7 +149,7 @@ class Player:
         """Return all of the past that decides about the future of a job, instants as distances from now."""
         return (
             self._turns[job.name] % len(job.lengths),
-            job.rule.gap_factor and self._successes[job.name],
+            job.rule.gap_factor and (self._successes[job.name], self._whole_succeeded),
             *(now - found if (found := past.get(job.name)) else None for past in (self._started, self._completed)),
         )
 
@@ -160,6 +165,7 @@ class Player:
         if length.success and not cut:
             latest = (*self._successes[job.name], length.duration.total_seconds())
             self._successes[job.name] = latest[-ESTIMATED_FROM:]
+            self._whole_succeeded |= job.part is None
         return ends_at, "timeout" if cut else "success" if length.success else "partial"
 
     def _opening(self, hours: str, now: datetime) -> datetime:
@@ -169,13 +175,19 @@ class Player:
         return self._opens[hours]
 
     def _refusal(self, job: Job) -> Refusal | None:
-        successes = self._successes[job.name]
         return earliest_start(
             job.rule,
             last_completed_at=self._completed.get(job.name),
             last_started_at=self._started.get(job.name),
-            estimate=timedelta(seconds=statistics.median(successes)) if successes else self._timeout,
+            estimate=self._estimate(job),
         )
+
+    def _estimate(self, job: Job) -> timedelta:
+        if successes := self._successes[job.name]:
+            return timedelta(seconds=statistics.median(successes))
+        if job.part is not None and (job.part_known or self._whole_succeeded):
+            return timedelta(seconds=job.part)
+        return self._timeout
 
     def _eligible(self, job: Job) -> datetime | None:
         refusal = self._refusal(job)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, tzinfo
+from statistics import median
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -13,7 +14,7 @@ from batchctl.guard.gap import gap_rule, job_hours
 from batchctl.report.player import Cadence, Job, Length, cadences
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class Scenario:
         zone: Of schedules, hours and local days.
         known: Durations of the last successes of each job, in seconds.
         step_seconds: How long each step takes, as far as that is known.
+        parts_known: Groups whose steps are known from runs of the whole batch before the first that is played.
     """
 
     name: str | None
@@ -55,6 +57,7 @@ class Scenario:
     zone: tzinfo
     known: Mapping[str | None, tuple[float, ...]] = field(default_factory=dict)
     step_seconds: Mapping[str, float] = field(default_factory=dict)
+    parts_known: frozenset[str] = frozenset()
 
     def jobs(self) -> tuple[Job, ...]:
         """List what cron starts: the whole batch, then its groups, as far as they have schedules."""
@@ -72,6 +75,8 @@ class Scenario:
             lengths=self.lengths[name],
             counts_for=(self.name, *(job_name(self.name, each) for each in taking_part)),
             known=self.known.get(name, ()),
+            part=None if group is None else _usual(self.lengths[name]),
+            part_known=name in self.parts_known,
         )
 
     def cadences(self, begin: datetime) -> tuple[Cadence, ...]:
@@ -82,6 +87,11 @@ class Scenario:
     def cadence(self, begin: datetime) -> float | None:
         """Say how often all of it runs in the end, in seconds."""
         return overall(self.cadences(begin), self.name)
+
+
+def _usual(lengths: Sequence[Length]) -> float:
+    """Return how many seconds a group takes; its steps are as long in a run of the whole batch."""
+    return median(length.duration.total_seconds() for length in lengths)
 
 
 def overall(measured: tuple[Cadence, ...], name: str | None) -> float | None:

@@ -113,10 +113,11 @@ class Aggregate:
             )
 
     def _wanted(self) -> Iterator[tuple[Definition, str]]:
-        known = {grain.name for definition in self.definitions for grain in definition.grains}
+        grains = sorted((grain for each in self.definitions for grain in each.grains), key=lambda grain: grain.seconds)
+        known = dict.fromkeys(grain.name for grain in grains)
         for grain_name in self.grains:
             if grain_name not in known:
-                raise UsageError(f"--grain {grain_name}: no such grain; configured: {', '.join(sorted(known))}")
+                raise UsageError(f"--grain {grain_name}: no such grain; configured: {', '.join(known)}")
         for definition in self.definitions:
             for grain in definition.grains:
                 if not self.grains or grain.name in self.grains:

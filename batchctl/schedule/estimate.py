@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 OVERDUE_FACTOR = 1.5
 """How many times its estimate a run may last before it is worth a warning."""
+NEVER_OVERDUE = timedelta(seconds=5)
+"""What a run may last in any case: batchctl looks at it no sooner, and such short runs vary by more than half."""
 
 
 @dataclass(frozen=True)
@@ -27,11 +29,13 @@ class Estimate:
         seconds: That long.
         runs: How many successful runs say so; 0 if none did, and it is the configured timeout.
         scaled: Whether these had other quantities, or other steps or accounts, than are configured now.
+        of_batch: Whether it is a group's, put together from its steps in runs of the whole batch.
     """
 
     seconds: float
     runs: int = 0
     scaled: bool = False
+    of_batch: bool = False
 
     @property
     def duration(self) -> timedelta:
@@ -44,6 +48,8 @@ class Estimate:
         if not self.runs:
             return "the timeout, before a first success"
         last = f"the last {self.runs} successes" if self.runs > 1 else "the last success"
+        if self.of_batch:
+            return f"its steps in {last} of the whole batch"
         if self.scaled:
             return f"{last}, by today's quantities"
         return f"median of {last}" if self.runs > 1 else last
@@ -51,7 +57,7 @@ class Estimate:
     @property
     def overdue_after(self) -> timedelta | None:
         """Return how long a run lasts that exceeds it by half; None if no run has shown how long that may be."""
-        return self.duration * OVERDUE_FACTOR if self.runs else None
+        return max(self.duration * OVERDUE_FACTOR, NEVER_OVERDUE) if self.runs else None
 
     def __str__(self) -> str:
         return f"{elapsed(self.seconds)} ({self.source})"
@@ -63,11 +69,17 @@ def estimate(batch: Batch, group: str | None, past: Sequence[PastRun]) -> Estima
     Args:
         batch: Its configuration.
         group: The group; None for the whole batch.
-        past: The last successful runs of this job that left nothing out.
+        past: The last successful runs of this job that left nothing out; of a group that has none, of the whole batch.
     """
+    steps = [step for step in batch.step if group in (None, step.group)]
+    if any(run.of_batch for run in past):
+        # Of such a run only its steps say anything about the group.
+        ids = {step.id for step in steps}
+        past = [run for run in past if any(each.step in ids for each in run.steps)]
+        if past:
+            return Estimate(_walked(batch, steps, past), len(past), of_batch=True)
     if not past:
         return Estimate(batch.timeout.total_seconds())
-    steps = [step for step in batch.step if group in (None, step.group)]
     today = {(account, step.id): batch.quantity_of(step) for account in batch.accounts for step in steps}
     # A run of which no step is recorded says nothing about quantities, nor does a group that is no longer configured.
     if not today or all(not run.steps or run.quantities == today for run in past):

@@ -96,10 +96,17 @@ class PastStep(NamedTuple):
 
 
 class PastRun(NamedTuple):
-    """How long a run took, and its steps as far as they were recorded."""
+    """How long a run took, and its steps as far as they were recorded.
+
+    Args:
+        seconds: That long.
+        steps: Its steps.
+        of_batch: Whether it ran the whole batch, while the job is a group of it.
+    """
 
     seconds: float
     steps: tuple[PastStep, ...] = ()
+    of_batch: bool = False
 
     @property
     def quantities(self) -> dict[tuple[str, str], int]:

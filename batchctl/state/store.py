@@ -169,7 +169,10 @@ class Store:
             return True
 
     def past_runs(self, job: str) -> tuple[PastRun, ...]:
-        """Return the last ten successes of a job that left nothing out, newest first."""
+        """Return the last ten successes of a job that left nothing out, newest first.
+
+        A group that has none gets those of the whole batch.
+        """
         rows = self.session.fetch("run.past_runs", job=job)
         return tuple(
             PastRun(
@@ -179,8 +182,9 @@ class Store:
                     for row in of_run
                     if row.step is not None
                 ),
+                of_batch,
             )
-            for (_, seconds), of_run in groupby(rows, key=lambda row: (row.run_id, row.seconds))
+            for (_, of_batch, seconds), of_run in groupby(rows, key=lambda row: (row.run_id, row.of_batch, row.seconds))
         )
 
     def latest_durations(self, job: str) -> list[Any]:

@@ -137,6 +137,12 @@ def test_what_does_not_exist_or_fit_is_wrong_usage(trend):
     ):
         done = trend("aggregate", *arguments, code=2)
         assert "Traceback" not in done.stderr
+    # By their length, which is neither how they sort as text nor, over several rollups, the order of the file.
+    text = trend.config.read_text()
+    more = '[rollup.more]\nsource = "fact_events"\ntime = "occurred_at"\ngrains = ["30s", "10m"]\n'
+    trend.config.write_text(f'{text}\n{more}target = "more_{{grain}}"\n[rollup.more.measures]\nn = "count(*)"\n')
+    done = trend("aggregate", "--grain", "7m", code=2)
+    assert done.stderr == "batchctl: --grain 7m: no such grain; configured: 30s, 1m, 5m, 10m, 1h\n"
 
 
 def test_a_dry_run_counts_and_changes_nothing(trend):

@@ -130,6 +130,11 @@ def test_what_only_this_shell_knows_is_missing_under_cron(batchctl):
         )
         return done.returncode, json.loads(done.stdout)["checks"]
 
+    code, found = call()
+    (nothing,) = [each for each in found if each["found"].startswith("no configuration file")]
+    assert code == 78
+    assert f"`batchctl doctor --as-cron --config {batchctl.config}`" in nothing["advice"]
+    assert "init" not in nothing["advice"]
     code, found = call("--config", "batchctl.toml")
     assert code == 78, "a relative path leads elsewhere from the home directory"
     assert any("batchctl.toml: no such configuration file" in each["found"] for each in found)

@@ -64,7 +64,8 @@ def test_a_run_goes_on_at_the_step_that_failed(batchctl):
         ).fetchall()
     assert rows == [(1, "failed"), (2, "success")]
     done = batchctl("run-batch", "--resume", code=2)
-    assert "nothing to resume" in done.stderr
+    assert done.stderr.startswith("batchctl: nothing to resume: "), "as other wrong usage is said"
+    assert "nothing to resume" not in batchctl.log
 
 
 def test_what_succeeded_after_the_failure_is_not_done_again(batchctl):

@@ -319,6 +319,14 @@ def test_the_last_real_durations_are_played(batchctl):
     assert "--duration 6h" in done.stderr
     assert "give --duration" in done.stderr
     batchctl("run-batch", "daily")
+    # A group that never ran alone is played by its steps in runs of the whole batch.
+    with psycopg.connect(batchctl.url) as connection:
+        connection.execute("UPDATE batchctl.run SET duration = interval '2 hours'")
+        connection.execute("UPDATE batchctl.step_run SET started_at = finished_at - interval '1 hour'")
+    played = batchctl.json("simulate", "daily", "--start", "2024-01-01", "--days", "1")
+    assert [(event["job"], event["ends_at"]) for event in played["events"]] == [
+        ("daily", "2024-01-01T03:00:00Z"), ("daily/upload", "2024-01-01T14:00:00Z"),
+    ]  # fmt: skip
     batchctl("run-batch", "daily", "--force-gap", "--group", "upload")
     batchctl("run-batch", "daily", "--force-gap", "--step", "31")
     with psycopg.connect(batchctl.url) as connection:

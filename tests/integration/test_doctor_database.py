@@ -363,6 +363,32 @@ def test_skips_that_every_asks_for_are_no_fault(session, database_url, tmp_path)
         assert states(found) == [state]
 
 
+@pytest.mark.parametrize(
+    "case",
+    [
+        ("0 1 * * *", 'min_gap = "6h"', 17, "ok", "takes about 17h0m"),
+        ("0 1 * * *", 'min_gap = "6h"', 19, "warning", "6h0m have to be between a completion and a start"),
+        ("0 1 * * *", 'min_gap = "0s"\ngap_factor = 1.2', 12, "warning", "14h24m have to be between"),
+        ("0 1 * * *", 'min_gap = "0s"\ngap_factor = 0.9', 12, "ok", "takes about 12h0m"),
+        ("*/2 * * * *", 'min_gap = "36h"', None, "warning", "36h0m have to be between a completion and a start"),
+        ("*/2 * * * *", 'min_gap = "0s"\ngap_factor = 1.2', None, None, "nothing is known of its duration"),
+        ("0 * * * *", 'every = "30h"', 20, "ok", "all but one start in 30h0m is skipped, as `every` asks"),
+        ("0 * * * *", 'every = "30h"', 26, "warning", "6h0m have to be between a completion and a start"),
+    ],
+)
+def test_a_gap_that_a_schedule_does_not_leave(session, database_url, tmp_path, case):
+    schedule, options, hours, state, text = case
+    changed = BATCH.replace('schedule = "0 1 * * *"', f'schedule = "{schedule}"\n{options}')
+    configuration = configured(changed, tmp_path)
+    if hours is not None:
+        insert_run(database_url, "here", 11, hours=hours)
+    found = list(jobs.check_schedules(configuration, Store(session), datetime.now(UTC), UTC))
+    assert states(found) == ([state] if state else []), found
+    for each in found:
+        assert text in each.found
+        assert ("batchctl simulate daily" in each.advice) == (state == "warning")
+
+
 def test_the_variables_that_decide_where_to_connect_are_not_in_the_way(tmp_path, database_url, monkeypatch):
     monkeypatch.setenv("PGHOST", "127.0.0.1")
     parameters = conninfo_to_dict(database_url)

@@ -147,6 +147,18 @@ def test_the_estimate_of_a_group_is_its_own(host):
     assert host.claim(options, "search") is None, "3 hours"
 
 
+def test_until_then_it_comes_from_its_steps_in_runs_of_the_whole_batch(host):
+    took = [("31", 100, 4 * HOUR), ("61", 100, 1 * HOUR)]
+    host.ran("daily", 8 * HOUR, 5 * HOUR, steps=took)
+    options = 'min_gap = "0s"\ngap_factor = 2'
+    assert left(host.claim(options, "search")) == 5.0, "8 hours after a completion 3 hours ago, not 60"
+    assert host.claim(options, "upload") is None, "2 hours"
+    assert left(host.claim(options)) == 7.0, "the whole batch"
+    # With the first run alone that of the whole batch counts no more.
+    host.ran("daily/search", 5 * HOUR, 2 * HOUR, steps=took[:1])
+    assert left(host.claim(options, "search")) == 1.0, "4 hours after a completion 3 hours ago"
+
+
 def test_a_group_looks_at_its_own_runs_and_those_of_the_batch(host):
     host.ran("daily", 40 * HOUR, 30 * HOUR)
     host.ran("daily/search", 3 * HOUR, 1 * HOUR)

@@ -75,6 +75,22 @@ def test_a_parallel_group_takes_as_long_as_its_longest_step(parallel, seconds):
     assert estimate(batch, "g", [run]).seconds == seconds - 20, "a group is its own steps"
 
 
+def test_a_group_that_never_ran_alone_is_known_by_its_steps_in_runs_of_the_whole_batch():
+    batch = Batch(step=(*steps("31", "32", group="search"), *steps("61", group="upload")), accounts=("a",))
+    runs = [
+        past(3 + last, ("31", 100, 1.0), ("32", 100, 2.0), ("61", 100, last))._replace(of_batch=True)
+        for last in (0.4, 1.0, 0.6)
+    ]
+    search, upload = (estimate(batch, group, runs) for group in ("search", "upload"))
+    assert (search.seconds, search.runs, upload.seconds) == (3, 3, 0.6)
+    assert str(search) == "3.0s (its steps in the last 3 successes of the whole batch)"
+    more = Batch(step=(*batch.step, *steps("71", group="new")), accounts=("a",))
+    unknown = estimate(more, "new", runs)
+    assert (unknown.seconds, unknown.runs) == (30 * HOUR, 0), "no step of it ever ran"
+    bare = [past(3.4)._replace(of_batch=True)]
+    assert estimate(batch, "search", bare).runs == 0, "what a whole batch took says nothing about a group"
+
+
 @pytest.mark.parametrize(("most", "seconds"), [(1, 70), (2, 50), (3, 40), (9, 40)])
 def test_accounts_run_beside_each_other_as_many_as_may(most, seconds):
     batch = Batch(step=steps("1", quantity=1), accounts=("a", "b", "c"), max_parallel=most)
@@ -118,3 +134,7 @@ def test_a_run_that_exceeds_its_estimate_by_half_is_warned_of_once(runs, warning
             "Still running after 39h1m, which exceeds the estimate by half: 26h0m (median of the last 10 successes)"
         ]
     assert Estimate(26 * HOUR, runs).overdue_after == (timedelta(hours=39) if runs else None)
+
+
+def test_a_run_of_seconds_is_not_overdue_before_batchctl_looks_at_it():
+    assert [Estimate(seconds, 3).overdue_after.total_seconds() for seconds in (0.1, 3, 4, 60)] == [5, 5, 6, 90]

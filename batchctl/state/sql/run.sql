@@ -77,17 +77,21 @@ SELECT job FROM {schema}.state WHERE paused AND job = ANY(%(jobs)s) ORDER BY job
 
 -- name: past_runs
 -- The last ten successes of a job that left nothing out, newest first, with a row for each of their steps: its seconds
--- from the first attempt to the end of the last. By them the next run is estimated.
+-- from the first attempt to the end of the last. By them the next run is estimated. Those of the whole batch stand in for
+-- a group that has none of its own.
 WITH latest AS (
-    SELECT run_id, started_at,
+    SELECT run_id, job, started_at,
            extract(epoch FROM coalesce(duration, finished_at - started_at))::float8 AS seconds
     FROM {schema}.run
-    WHERE job = %(job)s AND outcome = 'success' AND whole AND resumed = 0 ORDER BY started_at DESC LIMIT 10
+    WHERE job = CASE WHEN EXISTS (SELECT FROM {schema}.run
+                                  WHERE job = %(job)s AND outcome = 'success' AND whole AND resumed = 0)
+                     THEN %(job)s ELSE split_part(%(job)s, '/', 1) END
+      AND outcome = 'success' AND whole AND resumed = 0 ORDER BY started_at DESC LIMIT 10
 )
-SELECT latest.run_id, latest.seconds, s.account, s.step, max(s.quantity) AS quantity,
+SELECT latest.run_id, latest.job <> %(job)s AS of_batch, latest.seconds, s.account, s.step, max(s.quantity) AS quantity,
        greatest(extract(epoch FROM max(s.finished_at) - min(s.started_at)), 0)::float8 AS step_seconds
 FROM latest LEFT JOIN {schema}.step_run s ON s.run_id = latest.run_id AND s.finished_at IS NOT NULL
-GROUP BY latest.run_id, latest.started_at, latest.seconds, s.account, s.step
+GROUP BY latest.run_id, latest.job, latest.started_at, latest.seconds, s.account, s.step
 ORDER BY latest.started_at DESC, latest.run_id, s.account, s.step;
 
 -- name: latest_durations
