@@ -201,6 +201,7 @@ class Rollup(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     )
     settle: Duration = duration_default("3s")
     source_retention: OptionalDuration = msgspec.field(default_factory=OptionalDuration)
+    lookback: OptionalDuration = msgspec.field(default_factory=OptionalDuration)
     budget: Duration = duration_default("50s")
     hours: str = ""
     enabled: bool = True

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 from batchctl.errors import BatchctlError, ConfigurationError, UsageError
 from batchctl.rollup import apply, change, compose, partitions, views
 from batchctl.rollup.apply import PATIENCE_SECONDS
-from batchctl.rollup.definition import NEXT, Places, Table, differences, next_name
+from batchctl.rollup.definition import NEXT, Places, Table, differences, is_switch, next_name
 from batchctl.rollup.source import find
-from batchctl.rollup.steps import Step, completion, creation, removal, tracking
+from batchctl.rollup.steps import Step, completion, creation, removal, switch, tracking
 from batchctl.rollup.swap import leftover, swap
 
 if TYPE_CHECKING:
@@ -221,43 +221,29 @@ def _plan(session: Session, definition: Definition) -> _Plan:
             f"{place} is being dropped; run `batchctl migrate --drop {definition.name}` again, then `batchctl migrate`"
         )
     complete = registered is not None and not before.pop("unfinished", False)
-    changes = differences(before, definition.as_json())
-    if changes:
-        _check_droppable(session, definition.name, registered, _triggers(session, definition.name), "changed")
-        beginning = change.begin(session, definition, registered, changes)
-        found = beginning.change.found
-        warnings = _advice(session, definition, found)
-        if beginning.missed:
-            warnings.append(
-                f"{place}: tracking was missing on {', '.join(beginning.missed)}; its new tables are built once more"
-            )
-        return _Plan(
-            definition.name,
-            found.places,
-            beginning.steps,
-            created=False,
-            warnings=tuple(warnings),
-            change=beginning.change,
-        )
+    changes, switched = differences(before, definition.as_json()), is_switch(before, definition.as_json())
+    if switched:
+        _check_switch(session, definition, changes)
+    elif changes:
+        return _plan_change(session, definition, registered, changes)
     discarded = change.discard(session, definition.name)
     found = find(session, definition, None if registered is None else Places.from_json(registered.places))
     steps, missed = tracking(session, definition, found, again=complete)
     warnings = _advice(session, definition, found)
+    if registered is None or switched:
+        warnings += _first_warnings(definition, found, switched=switched)
     if registered is None:
-        if not definition.retention_seconds:
-            warnings.append(
-                f"{place}: rows deleted from {found.places.source} leave the rollup too, also when old rows are "
-                "purged, unless source_retention is set"
-            )
         # Before the triggers, because what they note has to be somebody's work.
         steps.insert(0, creation(session, definition, found))
     if lacking := views.missing(session, definition, found):
         steps.append(Step(lacking))
     # After the triggers: a partition that is not known is one that a tick gives its triggers.
-    steps += partitions.remembering(session, definition, found.places.source, queued=not complete)
+    steps += partitions.remembering(session, definition, found.places.source, queued=switched or not complete)
+    if switched:
+        steps.append(switch(session, definition, before))
     if not complete:
         steps.append(completion(session, definition.name))
-    elif missed:
+    elif missed and not switched:
         warnings.append(
             f"{place}: tracking was missing on {', '.join(missed)}; the next aggregate recomputes the history"
         )
@@ -269,6 +255,50 @@ def _plan(session: Session, definition: Definition) -> _Plan:
         warnings=tuple(warnings),
         discarded=complete and bool(discarded),
     )
+
+
+def _plan_change(session: Session, definition: Definition, registered: Any, changes: Sequence[str]) -> _Plan:
+    _check_droppable(session, definition.name, registered, _triggers(session, definition.name), "changed")
+    beginning = change.begin(session, definition, registered, changes)
+    found = beginning.change.found
+    warnings = _advice(session, definition, found)
+    if beginning.missed:
+        warnings.append(
+            f"rollup.{definition.name}: tracking was missing on {', '.join(beginning.missed)}; its new tables are "
+            "built once more"
+        )
+    return _Plan(
+        definition.name,
+        found.places,
+        beginning.steps,
+        created=False,
+        warnings=tuple(warnings),
+        change=beginning.change,
+    )
+
+
+def _check_switch(session: Session, definition: Definition, changes: Sequence[str]) -> None:
+    """Refuse what is more than taking `lookback` in or out, and what would fail halfway."""
+    if len(changes) > 1:
+        raise ConfigurationError(
+            f"rollup.{definition.name} has changed ({'; '.join(changes)}): `lookback` cannot be set or taken out "
+            "together with another change; undo one of them, run `batchctl migrate`, and then make the other"
+        )
+    if definition.lookback_seconds and (triggers := _triggers(session, definition.name)):
+        _check_droppable(session, definition.name, None, triggers, "changed")
+
+
+def _first_warnings(definition: Definition, found: Found, *, switched: bool) -> list[str]:
+    """Say what the way means in which changes are noticed from now on."""
+    place = f"rollup.{definition.name}"
+    if definition.lookback_seconds:
+        return [f"{place}: with lookback older changes are not noticed; `batchctl aggregate --rebuild` counts them"]
+    if switched:
+        return [f"{place}: triggers take the place of lookback; the next aggregate recomputes the history"]
+    if definition.retention_seconds:
+        return []
+    text = "leave the rollup too, also when old rows are purged, unless source_retention is set"
+    return [f"{place}: rows deleted from {found.places.source} {text}"]
 
 
 def _advice(session: Session, definition: Definition, found: Found) -> list[str]:

@@ -28,6 +28,9 @@ ROW_COLUMN = "batchctl_row"
 NEXT = "~next"
 """Ends the name of a version that is built beside the one in use; no configured name holds a tilde."""
 
+CAPTURE = "capture"
+"""Says in a description how changes are noticed, if that is not by triggers."""
+
 RESERVED = frozenset({"bucket", ROWS_COLUMN, ROW_COLUMN, "ctid", "xmin", "cmin", "xmax", "cmax", "tableoid"})
 
 
@@ -69,6 +72,8 @@ class Definition:
     budget_seconds: float
     retention_seconds: float = 0.0
     """How long the source surely holds an event; 0 for ever."""
+    lookback_seconds: float = 0.0
+    """How far back each tick computes anew what no trigger notes; 0 where triggers do."""
 
     @property
     def key(self) -> tuple[str, ...]:
@@ -110,7 +115,7 @@ class Definition:
         return f"{self.name}/{grain}"
 
     def as_json(self) -> dict[str, Any]:
-        """Describe what decides the content of the tables, to notice a change of it."""
+        """Describe what decides the content of the tables and how changes are noticed, to see when that changes."""
         return {
             "source": self.source,
             "time": self.time,
@@ -120,6 +125,7 @@ class Definition:
             "target": self.target,
             "measures": {measure.name: str(measure) for measure in self.measures},
             **({"timezone": self.grains[-1].zone} if self.grains[-1].zone else {}),
+            **({CAPTURE: "lookback"} if self.lookback_seconds else {}),
         }
 
     def _position(self, name: str) -> int:
@@ -224,10 +230,16 @@ def read_definition(name: str, rollup: Rollup, path: Path, zone: str = "UTC") ->
         settle_seconds=rollup.settle.total_seconds(),
         budget_seconds=rollup.budget.total_seconds(),
         retention_seconds=rollup.source_retention.total_seconds(),
+        lookback_seconds=rollup.lookback.total_seconds(),
     )
     _check_columns(definition, place)
     _check_retention(definition, place)
     return definition
+
+
+def is_switch(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Tell whether two descriptions differ in how changes are noticed."""
+    return before.get(CAPTURE) != now.get(CAPTURE)
 
 
 def next_name(name: str) -> str:

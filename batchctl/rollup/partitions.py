@@ -29,6 +29,8 @@ def remembering(session: Session, definition: Definition, source: Table, *, queu
         source: Its source; of one without partitions nothing is remembered.
         queued: True if their rows are queued as a part of the history.
     """
+    if definition.lookback_seconds:
+        return []
     # Those that are gone are left for the next tick, which queues what they covered.
     found = [row for row in _changes(session, definition, source) if not row.gone]
     if not found or (len(found) == 1 and found[0].kind != "p"):

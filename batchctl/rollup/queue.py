@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from batchctl.errors import ConfigurationError
 from batchctl.rollup import compose
-from batchctl.rollup.definition import Places, differences, next_name
+from batchctl.rollup.definition import Places, differences, is_switch, next_name
 from batchctl.rollup.work import Work, parameters
 from batchctl.state.database import sql
 
@@ -137,7 +137,7 @@ def _places(session: Session, definition: Definition, registered: Mapping[str, A
     if before != now:
         raise ConfigurationError(
             f"rollup.{definition.name} has changed since it was migrated ({'; '.join(differences(before, now))}); "
-            f"{_advice(session, definition.name)}"
+            f"{_advice(session, definition.name, switched=is_switch(before, now))}"
         )
     return Places.from_json(places)
 
@@ -189,7 +189,9 @@ def _look(work: Work, row: Any) -> Look:
     )
 
 
-def _advice(session: Session, name: str) -> str:
+def _advice(session: Session, name: str, *, switched: bool) -> str:
+    if switched:
+        return "run `batchctl migrate`, which takes `lookback` in or out"
     if any(row.rollup == next_name(name) for row in session.fetch("rollup.registered")):
         return "`batchctl migrate` builds its new tables; run it again if it was interrupted"
     return "run `batchctl migrate`, which builds its new tables"
@@ -202,6 +204,31 @@ def queue_history(work: Work) -> None:
         finest.steady(UNLIMITED)
         if finest.run("claim_history"):
             finest.compute("queue_dense_history" if _is_dense(finest) else "queue_history")
+
+
+def look_back(work: Work) -> bool:
+    """Queue the closed buckets since the last tick, and `lookback` before them; False if there are none.
+
+    True as well if the job is held elsewhere, which is for the refresh to find.
+    """
+    seconds = compose.text(f"{work.definition.lookback_seconds} seconds")
+    since = sql.SQL("{} - interval {}").format(work.session.statement("rollup.looked_until"), seconds)
+    source, time = compose.built_from(work.definition, work.grain, work.places)
+    statement = work.session.statement(
+        "rollup.look_back",
+        first=compose.bucket_of(work.session, work.grain, since),
+        open=compose.open_bucket(work.session, work.definition, work.grain),
+        source=source,
+        time=time,
+        bucket=compose.bucket_of(work.session, work.grain, time),
+        target=work.target,
+        floor=compose.floor(work.definition, work.grain),
+    )
+    with work.session.transaction():
+        if not work.hold():
+            return True
+        work.steady(UNLIMITED)
+        return bool(work.session.run(statement, work.parameters)[0].buckets)
 
 
 def _is_dense(work: Work) -> bool:

@@ -52,7 +52,12 @@ def fill(session: Session, change: Change, clock: Clock, log: Logger, say: Calla
         outcomes = {result.outcome for result in results}
         if "skipped" in outcomes:
             clock.sleep(ELSEWHERE_SECONDS)
-        elif outcomes == {"empty"} or since(begun, clock) < CAUGHT_UP_SECONDS:
+        elif (
+            outcomes == {"empty"}
+            or since(begun, clock) < CAUGHT_UP_SECONDS
+            # Each round would compute the same buckets again; the ticks do that too.
+            or change.definition.lookback_seconds
+        ):
             return True
 
 

@@ -140,7 +140,7 @@ def tick(  # noqa: PLR0917 - the first five are what every tick has
         return GrainResult(definition.name, grain, "skipped", "paused", detail=message)
     if not look.known:
         work.run("add_state")
-    if look.history_queued and not (_follow_partitions(look, work, log) or look.dirty):
+    if look.history_queued and not (_search(look, work, log) or look.dirty):
         log.debug(NOTHING, _named(look.newest))
         work.run("nothing", started=look.started, until=look.until, seen=look.seen, here=look.here)
         return GrainResult(definition.name, grain, "empty", duration_seconds=since(begun, clock))
@@ -308,9 +308,13 @@ def _teller(call: _Call) -> Callable[[Sequence[Chunk]], None]:
     return tell
 
 
-def _follow_partitions(look: Look, work: Work, log: Logger) -> bool:
-    """Notice partitions that came or went; True if that queued anything."""
-    if not look.partitioned or work.grain != work.definition.finest:
+def _search(look: Look, work: Work, log: Logger) -> bool:
+    """Notice what no trigger does: partitions that came or went, and all with `lookback`; True if that found any."""
+    if work.grain != work.definition.finest:
+        return False
+    if work.definition.lookback_seconds:
+        return queue.look_back(work)
+    if not look.partitioned:
         return False
     from batchctl.rollup.partitions import follow  # noqa: PLC0415 - most sources have none
 

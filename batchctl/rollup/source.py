@@ -17,6 +17,11 @@ if TYPE_CHECKING:
     from batchctl.state.database import Session
 
 SOURCE_KINDS = ("r", "p")
+"""What can have triggers."""
+READABLE_KINDS = (*SOURCE_KINDS, "v", "m", "f")
+"""What `lookback` can read."""
+INDEXABLE_KINDS = (*SOURCE_KINDS, "m")
+WAY_OUT = "; or set `lookback`, which needs no triggers and is not exact"
 BYTEWISE = ' COLLATE "C"'
 """How a target compares text that its source compares in the database's own way: equal is the same, and quicker."""
 OTHER_KINDS = {"v": "a view", "m": "a materialized view", "f": "a foreign table", "S": "a sequence", "i": "an index"}
@@ -28,11 +33,11 @@ class Found:
 
     places: Places
     tables: tuple[Table, ...]
-    """The source and its partitions of all levels, whose writers have to be watched."""
+    """The source and its partitions of all levels, whose writers have to be watched; none with `lookback`."""
     columns: tuple[tuple[str, str], ...]
     """Name and definition of each column of a target table."""
     indexed: bool
-    """True if an index of the source starts with the time."""
+    """True if an index of the source starts with the time, or it cannot have one."""
 
 
 def find(
@@ -70,9 +75,9 @@ def find(
     kinds |= measure_columns(session, definition, places)
     return Found(
         places,
-        tuple(_tables(session, source, place)),
+        () if definition.lookback_seconds else tuple(_tables(session, source, place)),
         tuple(kinds.items()),
-        indexed=columns[definition.time].indexed,
+        indexed=columns[definition.time].indexed or source.kind not in INDEXABLE_KINDS,
     )
 
 
@@ -88,27 +93,35 @@ def _find_source(session: Session, definition: Definition, place: str) -> Any:
             f"{place}.source: there is no table {definition.source!r} on the search path; "
             "expected TABLE or SCHEMA.TABLE of an existing table"
         )
-    if source.kind not in SOURCE_KINDS:
-        kind = OTHER_KINDS.get(source.kind, "something else")
+    if source.kind not in READABLE_KINDS:
         raise ConfigurationError(
-            f"{place}.source: {definition.source!r} is {kind}; expected a table, partitioned or not"
+            f"{place}.source: {definition.source!r} is {_kind(source.kind)}; expected a table, partitioned or not"
         )
-    if source.parent is not None:
-        raise ConfigurationError(
-            f"{place}.source: {definition.source!r} is a part of {source.parent}, and what is written through that "
-            f"fires no trigger here; expected {source.parent}"
-        )
-    if source.subscribed:
-        raise ConfigurationError(
-            f"{place}.source: {definition.source!r} is filled by logical replication, which fires no statement "
-            "trigger; expected a table that is written here"
-        )
+    if not definition.lookback_seconds:
+        _check_triggers(definition, source, place)
     if source.filtered:
         raise ConfigurationError(
             f"{place}.source: row-level security hides rows of {definition.source!r} from this role, so sums would be "
             "too small; expected a role with BYPASSRLS, or the owner of the table without FORCE ROW LEVEL SECURITY"
         )
     return source
+
+
+def _check_triggers(definition: Definition, source: Any, place: str) -> None:
+    """Refuse a source on which triggers would not see everything."""
+    place = f"{place}.source: {definition.source!r}"
+    if source.kind not in SOURCE_KINDS:
+        raise ConfigurationError(f"{place} is {_kind(source.kind)}; expected a table, partitioned or not{WAY_OUT}")
+    if source.parent is not None:
+        raise ConfigurationError(
+            f"{place} is a part of {source.parent}, and what is written through that fires no trigger here; expected "
+            f"{source.parent}{WAY_OUT}"
+        )
+    if source.subscribed:
+        raise ConfigurationError(
+            f"{place} is filled by logical replication, which fires no statement trigger; expected a table that is "
+            f"written here{WAY_OUT}"
+        )
 
 
 def _check_columns(definition: Definition, columns: dict[str, Any], source: Any, place: str) -> None:
@@ -123,10 +136,10 @@ def _check_columns(definition: Definition, columns: dict[str, Any], source: Any,
             f"{place}.time: {definition.time!r} is of type {columns[definition.time].type}; "
             "expected timestamp with time zone, because a bucket is an instant"
         )
-    if columns[definition.time].virtual:
+    if columns[definition.time].virtual and not definition.lookback_seconds:
         raise ConfigurationError(
             f"{place}.time: {definition.time!r} is a virtual generated column, which triggers cannot read; "
-            "expected an ordinary or a stored generated one"
+            f"expected an ordinary or a stored generated one{WAY_OUT}"
         )
 
 
@@ -187,7 +200,7 @@ def _tables(session: Session, source: Any, place: str) -> list[Table]:
         if row.kind not in SOURCE_KINDS:
             raise ConfigurationError(
                 f"{place}.source: its partition {row.schema}.{row.name} is {_kind(row.kind)}, which can have no "
-                "statement trigger; expected ordinary partitions"
+                f"statement trigger; expected ordinary partitions{WAY_OUT}"
             )
         tables.append(Table(row.schema, row.name))
     return tables

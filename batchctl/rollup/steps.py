@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from batchctl.errors import ConfigurationError
 from batchctl.rollup import compose, views
-from batchctl.rollup.definition import NEXT, Places, Table
+from batchctl.rollup.definition import CAPTURE, NEXT, Places, Table
 from batchctl.state.database import sql
 
 if TYPE_CHECKING:
@@ -73,6 +73,8 @@ def tracking(
 ) -> tuple[list[Step], list[str]]:
     """List the steps that install what is missing of the function and the triggers, and the tables that lacked some.
 
+    With `lookback`, those that take away what there is of them.
+
     Args:
         session: An open session.
         definition: The rollup.
@@ -87,6 +89,10 @@ def tracking(
     body = _body(session, definition)
     ours: dict[str, Any] = {"function": function, "schema_name": session.schema_name}
     present = session.fetch_one("rollup.find_function", **ours)
+    if definition.lookback_seconds:
+        if afresh or present is None:
+            return [], []
+        return [*_untracking(session, session.fetch("rollup.find_triggers", **ours)), _end(session, function)], []
     steps = []
     if afresh or present is None or present.body != body:
         identifier = sql.Identifier(function)
@@ -162,13 +168,7 @@ def removal(session: Session, name: str, registered: Any, triggers: Iterable[Any
     steps = []
     if registered is not None:
         steps.append(Step((session.statement("rollup.refuse_ticks", rollup=rollup),)))
-    tables: dict[Table, list[sql.Composed]] = {}
-    for row in triggers:
-        table = Table(row.schema, row.table)
-        tables.setdefault(table, []).append(
-            session.statement("rollup.drop_trigger", trigger=sql.Identifier(row.trigger), table=sql.Identifier(*table))
-        )
-    steps += [Step(tuple(statements), locks=str(table)) for table, statements in tables.items()]
+    steps += _untracking(session, triggers)
     last = [session.statement("rollup.drop_function", function=sql.Identifier(compose.function_name(name)))]
     if registered is not None:
         targets = Places.from_json(registered.places).targets
@@ -182,6 +182,36 @@ def removal(session: Session, name: str, registered: Any, triggers: Iterable[Any
     forgotten = ("forget_notes", "forget_queue", "forget_partitions", "forget_pause", "forget")
     last += [session.statement(f"rollup.{key}", rollup=rollup) for key in forgotten]
     return [*steps, Step(tuple(last), locks=f"a table of rollup.{name.removesuffix(NEXT)}")]
+
+
+def switch(session: Session, definition: Definition, before: Mapping[str, Any]) -> Step:
+    """Register how changes are noticed from now on; without triggers no partition is followed.
+
+    Args:
+        session: An open session.
+        definition: The rollup.
+        before: The definition that is registered.
+    """
+    rollup = sql.Literal(definition.name)
+    capture = {key: value for key, value in definition.as_json().items() if key == CAPTURE}
+    statements = [session.statement("rollup.switch_capture", rollup=rollup, capture=sql.Literal(json.dumps(capture)))]
+    if definition.lookback_seconds:
+        statements.append(session.statement("rollup.forget_partitions", rollup=rollup))
+    return Step(tuple(statements), expects=((definition.name, before),))
+
+
+def _untracking(session: Session, triggers: Iterable[Any]) -> list[Step]:
+    tables: dict[Table, list[sql.Composed]] = {}
+    for row in triggers:
+        table = Table(row.schema, row.table)
+        tables.setdefault(table, []).append(
+            session.statement("rollup.drop_trigger", trigger=sql.Identifier(row.trigger), table=sql.Identifier(*table))
+        )
+    return [Step(tuple(statements), locks=str(table)) for table, statements in tables.items()]
+
+
+def _end(session: Session, function: str) -> Step:
+    return Step((session.statement("rollup.drop_function", function=sql.Identifier(function)),))
 
 
 def comments(session: Session, definition: Definition, places: Places, grain: str) -> Iterable[sql.Composed]:

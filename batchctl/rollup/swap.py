@@ -116,7 +116,9 @@ def _exclusion(session: Session, change: Change) -> Iterator[sql.Composed]:
             yield session.statement(
                 "rollup.drop_trigger", trigger=sql.Identifier(row.trigger), table=sql.Identifier(*table)
             )
-    yield session.statement("swap.lock_source", source=sql.Identifier(*change.found.places.source))
+    # With `lookback` no writer notes anything, and not every source can be locked.
+    if not change.definition.lookback_seconds:
+        yield session.statement("swap.lock_source", source=sql.Identifier(*change.found.places.source))
 
 
 def _queue(session: Session, change: Change, named: dict[str, sql.Composable]) -> Iterator[sql.Composed]:

@@ -204,6 +204,40 @@ WITH span AS MATERIALIZED (
 )
 SELECT count(*) AS buckets FROM queued
 
+-- name: looked_until
+-- How far the last tick has looked; at first, when the history was queued: a part of `look_back`.
+(
+    SELECT coalesce(state.aggregated_until, registered.history_queued_at)
+    FROM {schema}.state AS state
+    CROSS JOIN {schema}.rollup AS registered
+    WHERE state.job = %(job)s AND registered.rollup = %(rollup)s
+)
+
+-- name: look_back
+-- Every closed bucket from one on that exists in the source, or in the table, because its rows may be gone.
+WITH span AS MATERIALIZED (
+    SELECT {first} AS low, {open} AS high
+), found AS MATERIALIZED (
+    SELECT {bucket} AS bucket
+    FROM {source}
+    WHERE {time} >= (SELECT low FROM span) AND {time} < (SELECT high FROM span) AND {bucket} >= {floor}
+    UNION
+    SELECT bucket FROM {target}
+    WHERE bucket >= (SELECT low FROM span) AND bucket < (SELECT high FROM span) AND bucket >= {floor}
+), queued AS (
+    INSERT INTO {schema}.queued_bucket (rollup, grain, bucket)
+    SELECT %(rollup)s, %(grain)s, bucket FROM found
+    ON CONFLICT DO NOTHING
+)
+UPDATE {schema}.state
+SET queued_from = least(queued_from, (SELECT min(bucket) FROM found))
+WHERE job = %(job)s
+RETURNING (SELECT count(*) FROM found) AS buckets
+
+-- name: switch_capture
+-- How the changes of a rollup are noticed from now on.
+UPDATE {schema}.rollup SET definition = (definition - 'capture') || {capture}::jsonb WHERE rollup = {rollup}
+
 -- name: sort_in
 -- The unseen notes become entries of the queue, one for each bucket, and are seen. All of this is one statement, so the
 -- notes that it takes are those that its snapshot shows. Buckets whose source rows may be gone never come into the queue,
