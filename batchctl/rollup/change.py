@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from batchctl.errors import ConfigurationError
-from batchctl.rollup import compose, views
+from batchctl.rollup import compose, partitions, views
 from batchctl.rollup.definition import Places, next_name
 from batchctl.rollup.source import find
 from batchctl.rollup.steps import Step, completion, creation, removal, tracking
@@ -50,10 +50,14 @@ def begin(session: Session, definition: Definition, before: Any, differences: Se
     if made is not None and _fits(session, made, change):
         complete = "unfinished" not in made.definition
         steps, missed = tracking(session, change.next_definition, change.next_found, again=complete)
+        source = change.found.places.source
+        steps += partitions.remembering(session, change.next_definition, source, queued=not complete)
         if not complete:
             steps, missed = [*steps, completion(session, change.next_definition.name)], []
         return Beginning(change, tuple(replace(step, expects=(making,)) for step in steps), tuple(missed))
     steps, _ = tracking(session, change.next_definition, change.next_found, again=False, afresh=True)
+    source = change.found.places.source
+    steps += partitions.remembering(session, change.next_definition, source, queued=True, afresh=True)
     rest = [replace(step, expects=(making,)) for step in (*steps, completion(session, change.next_definition.name))]
     create = creation(session, change.next_definition, change.next_found)
     return Beginning(change, (*discard(session, definition.name), create, *rest), ())

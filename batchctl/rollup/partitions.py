@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from batchctl.state.database import Session
 
 
-def remembering(session: Session, definition: Definition, source: Table, *, queued: bool) -> list[Step]:
+def remembering(
+    session: Session, definition: Definition, source: Table, *, queued: bool, afresh: bool = False
+) -> list[Step]:
     """List the step that remembers partitions which have got their triggers, none if all are known.
 
     Args:
@@ -28,11 +30,14 @@ def remembering(session: Session, definition: Definition, source: Table, *, queu
         definition: The rollup.
         source: Its source; of one without partitions nothing is remembered.
         queued: True if their rows are queued as a part of the history.
+        afresh: True if what is remembered now will be forgotten before the step is run.
     """
     if definition.lookback_seconds:
         return []
     # Those that are gone are left for the next tick, which queues what they covered.
-    found = [row for row in _changes(session, definition, source) if not row.gone]
+    found = [
+        row for row in _changes(session, "" if afresh else definition.name, definition.time, source) if not row.gone
+    ]
     if not found or (len(found) == 1 and found[0].kind != "p"):
         return []
     return [Step((_remember(session, definition, found, tracked=True, queued=queued),))]
@@ -48,7 +53,7 @@ def follow(work: Work, log: Logger) -> bool:
     Raises:
         DatabaseUnavailableError: the database was lost.
     """
-    changes = _changes(work.session, work.definition, work.places.source)
+    changes = _changes(work.session, work.definition.name, work.definition.time, work.places.source)
     gone = [row.relation for row in changes if row.gone]
     buckets = _leave(work, gone, log) if gone else 0
     for row in changes:
@@ -61,11 +66,11 @@ def follow(work: Work, log: Logger) -> bool:
     return buckets > 0
 
 
-def _changes(session: Session, definition: Definition, source: Table) -> list[Any]:
+def _changes(session: Session, rollup: str, time: str, source: Table) -> list[Any]:
     statement = session.statement("partition.changes", tree=session.statement("partition.tree"))
     return session.run(
         statement,
-        {"rollup": definition.name, "time": definition.time, "source": sql.Identifier(*source).as_string()},
+        {"rollup": rollup, "time": time, "source": sql.Identifier(*source).as_string()},
     )
 
 
@@ -102,9 +107,12 @@ def _join(work: Work, row: Any, log: Logger) -> int:
             partition=compose.quoted(*partition),
             time=time,
             bucket=compose.bucket_of(work.session, work.grain, time),
+            target=work.target,
+            bucket_of_low=compose.bucket_of(work.session, work.grain, compose.quoted("covered", "low")),
             floor=compose.floor(work.definition, work.grain),
         )
-        buckets: int = work.session.run(statement, work.parameters)[0].buckets
+        covered = {"low": row.low, "high": row.high, "known": row.tracked or row.queued}
+        buckets: int = work.session.run(statement, {**work.parameters, **covered})[0].buckets
         work.session.run(_remember(work.session, work.definition, [row], tracked=tracked, queued=True))
     log.info("%s: new partition %s; buckets queued: %d", work.grain.name, partition, buckets)
     return buckets

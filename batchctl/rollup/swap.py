@@ -74,6 +74,7 @@ def swap(session: Session, change: Change) -> Step:
         *_exclusion(session, change),
         *(session.statement(f"rollup.{key}", rollup=named["rollup"]) for key in ("forget_notes", "forget_queue")),
         *_queue(session, change, named),
+        *_partitions(session, change, named),
         *_departure(session, change),
         *_arrival(session, change),
         *_grants_kept(session, change),
@@ -140,6 +141,12 @@ def _queue(session: Session, change: Change, named: dict[str, sql.Composable]) -
     for grain in change.before.definition["grains"]:
         if grain not in targets:
             yield session.statement("rollup.forget_job", job=sql.Literal(change.definition.job(grain)))
+
+
+def _partitions(session: Session, change: Change, named: dict[str, sql.Composable]) -> Iterator[sql.Composed]:
+    tables = [sql.Identifier(*table).as_string() for table in change.found.tables]
+    yield session.statement("rollup.forget_partitions", rollup=named["rollup"])
+    yield session.statement("swap.rename_partitions", tables=sql.Literal(tables), **named)
 
 
 def _departure(session: Session, change: Change) -> Iterator[sql.Composed]:

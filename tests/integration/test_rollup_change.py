@@ -39,6 +39,7 @@ UNION ALL SELECT rollup FROM batchctl.rollup WHERE rollup LIKE '%next%'
 UNION ALL SELECT job FROM batchctl.state WHERE job LIKE '%next%'
 UNION ALL SELECT rollup FROM batchctl.dirty_bucket WHERE rollup LIKE '%next%'
 UNION ALL SELECT rollup FROM batchctl.queued_bucket WHERE rollup LIKE '%next%'
+UNION ALL SELECT rollup FROM batchctl.source_partition WHERE rollup LIKE '%next%'
 """
 
 
@@ -178,6 +179,54 @@ def test_each_kind_of_change(session, connection, before, gone):
     assert differences(connection) == []
     drop(session, "trend", CLOCK)
     assert connection.execute("SELECT count(*) FROM pg_trigger WHERE NOT tgisinternal").fetchone() == (0,)
+
+
+DAYS = """
+CREATE TABLE day_12 (LIKE fact_events); CREATE TABLE day_13 (LIKE fact_events);
+INSERT INTO day_12 (id, owner, occurred_at, value) VALUES (1, 0, '2025-11-12 08:00Z', 1);
+INSERT INTO day_13 (id, owner, occurred_at, value) VALUES (1, 0, '2025-11-13 08:00Z', 1);
+CREATE TABLE parts (LIKE fact_events) PARTITION BY RANGE (occurred_at);
+CREATE INDEX ON parts (occurred_at);
+DROP TABLE fact_events;
+ALTER TABLE parts RENAME TO fact_events;
+ALTER TABLE fact_events ATTACH PARTITION day_12 FOR VALUES FROM ('2025-11-12Z') TO ('2025-11-13Z');
+"""
+ATTACH = "ALTER TABLE fact_events ATTACH PARTITION day_13 FOR VALUES FROM ('2025-11-13Z') TO ('2025-11-14Z')"
+
+
+def test_partitions_of_another_source_are_followed(session, connection):
+    connection.execute("CREATE TABLE other_events (LIKE fact_events); CREATE INDEX ON other_events (occurred_at)")
+    connection.execute(DAYS)
+    migrate(session, [replace(DEFINITION, source="other_events")], CLOCK)
+    migrate(session, [DEFINITION], CLOCK)
+    assert differences(connection) == []
+    connection.execute(ATTACH)
+    ticks(session)
+    assert differences(connection) == []
+    connection.execute("DROP TABLE day_12")
+    ticks(session)
+    assert differences(connection) == []
+    assert internal(connection) == []
+    assert migrate(session, [DEFINITION], CLOCK).statements == ()
+
+
+@pytest.mark.parametrize("change", ["DROP TABLE day_12", ATTACH, "ALTER TABLE fact_events DETACH PARTITION day_12"])
+@pytest.mark.parametrize("interruption", [{"at": 1}, {"place": ddl, "name": "swap", "at": 0}], ids=["half", "built"])
+def test_partitions_that_change_while_the_new_version_is_built_are_followed(
+    session, connection, monkeypatch, change, interruption
+):
+    connection.execute(DAYS)
+    migrate(session, [OLD], CLOCK)
+    ticks(session, OLD)
+    interrupted(monkeypatch, session, **interruption)
+    connection.execute(change)
+    # A host whose configuration is the old one.
+    ticks(session, OLD)
+    assert migrate(session, [DEFINITION], CLOCK).changed == ("trend",)
+    ticks(session)
+    assert differences(connection) == []
+    assert internal(connection) == []
+    assert [result.outcome for result in ticks(session)] == ["empty"] * 3
 
 
 def test_a_dry_run_changes_nothing_and_its_text_can_be_run(session, connection):

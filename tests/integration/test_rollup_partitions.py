@@ -203,6 +203,41 @@ def test_a_locked_partition_is_aggregated_and_gets_its_triggers_later(session, l
     assert ticks(session, log)[0].outcome == "empty"
 
 
+@pytest.mark.parametrize("bounds", ["FOR VALUES FROM ('2025-11-14Z') TO ('2025-11-15Z')", "DEFAULT"])
+def test_rows_that_left_a_partition_before_it_had_triggers_leave_the_rollup(session, log, bounds, database_url):
+    execute(session, "DROP TABLE other")
+    start(session, log)
+    free_table(session, "more", "2025-11-14")
+    execute(session, f"ALTER TABLE fact_events ATTACH PARTITION more {bounds}")
+    with psycopg.connect(database_url) as other:
+        # Neither seen, nor noted, nor in the partition when it gets its triggers.
+        other.execute("DELETE FROM more WHERE value >= 5")
+        assert ticks(session, log)[0].buckets == 10
+    assert differences(session.connection) != []
+    ticks(session, log)
+    assert differences(session.connection) == []
+    assert ticks(session, log)[0].outcome == "empty"
+
+
+def test_rows_that_were_read_before_a_partition_was_noticed_may_have_left_it(session, log):
+    start(session, log)
+    free_table(session, "day_14", "2025-11-14")
+    execute(
+        session, "ALTER TABLE fact_events ATTACH PARTITION day_14 FOR VALUES FROM ('2025-11-14Z') TO ('2025-11-15Z')"
+    )
+    # A tick that looked for partitions just before comes to a bucket that it shares with the new one.
+    execute(
+        session,
+        "INSERT INTO batchctl.dirty_bucket (rollup, grain, bucket) VALUES ('trend', '1m', '2025-11-14 00:07Z')",
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(refresh, "_follow_partitions", lambda *_: False)
+        ticks(session, log)
+    execute(session, "DELETE FROM day_14 WHERE occurred_at = '2025-11-14 00:07Z'")
+    ticks(session, log)
+    assert differences(session.connection) == []
+
+
 def test_a_role_that_may_create_no_trigger_is_told(session, log, caplog, database_url):
     start(session, log)
     name = f"trend_{uuid.uuid4().hex[:8]}"

@@ -64,12 +64,23 @@ WITH gone AS (
 SELECT count(*) AS buckets FROM noted
 
 -- name: queue_new
--- Notes the buckets of a partition.
-WITH noted AS (
+-- Notes the buckets of a partition, and those that the table has of the time it covers: rows that were read through the
+-- parent may have left it again before there were triggers to notice. If its bounds do not say which buckets that are,
+-- it is for a partition only that was known before it had triggers.
+WITH covered AS MATERIALIZED (
+    SELECT %(low)s::timestamptz AS low, %(high)s::timestamptz AS high
+), noted AS (
     INSERT INTO {schema}.dirty_bucket (rollup, grain, bucket)
-    SELECT DISTINCT %(rollup)s, %(grain)s, {bucket}
+    SELECT %(rollup)s, %(grain)s, {bucket}
     FROM ONLY {partition}
     WHERE isfinite({time}) AND {time} >= {floor} AND {bucket} >= {floor}
+    UNION
+    SELECT %(rollup)s, %(grain)s, kept.bucket
+    FROM covered
+    JOIN {target} AS kept
+        ON kept.bucket >= CASE WHEN isfinite(covered.low) THEN {bucket_of_low} ELSE covered.low END
+        AND kept.bucket <= covered.high
+    WHERE kept.bucket >= {floor} AND (%(known)s OR (isfinite(covered.low) AND isfinite(covered.high)))
     RETURNING bucket
 )
 SELECT count(*) AS buckets FROM noted

@@ -33,6 +33,14 @@ ON CONFLICT DO NOTHING
 -- What the new version still has to compute, under the name that stays.
 UPDATE {schema}.queued_bucket SET rollup = {rollup} WHERE rollup = {next}
 
+-- name: rename_partitions
+-- What the new version knows of the source's partitions: one that went since is still to be noticed, and one that came
+-- since the swap was planned has the triggers of the new version only.
+UPDATE {schema}.source_partition
+SET rollup = {rollup},
+    tracked = tracked AND EXISTS (SELECT FROM unnest({tables}::text[]) AS name WHERE to_regclass(name) = relation)
+WHERE rollup = {next}
+
 -- name: take_over_job
 -- A job that was there keeps its times and its pause. It has seen no note: those that there were are in the queue.
 INSERT INTO {schema}.state AS kept (job, queued_from, aggregated_until)
