@@ -190,7 +190,7 @@ def test_migrate_switches_between_triggers_and_lookback(session, source):
     assert migrate(session, [LOOKING_BACK], CLOCK).statements == ()
     longer = replace(LOOKING_BACK, lookback_seconds=3 * HOURS)
     assert migrate(session, [longer], CLOCK).statements == ()
-    insert(session, "30 minutes", "6 hours")
+    insert(session, "70 minutes", "6 hours")
     ticks(session)
     assert counted(session) == 3
 

@@ -69,7 +69,7 @@ def log(caplog):
 def followed(request, monkeypatch):
     """False in the control, whose ticks do not look at partitions."""
     if request.param == "control":
-        monkeypatch.setattr(refresh, "_follow_partitions", lambda *_: False)
+        monkeypatch.setattr(refresh, "_search", lambda *_: False)
     return request.param == "followed"
 
 
@@ -231,7 +231,7 @@ def test_rows_that_were_read_before_a_partition_was_noticed_may_have_left_it(ses
         "INSERT INTO batchctl.dirty_bucket (rollup, grain, bucket) VALUES ('trend', '1m', '2025-11-14 00:07Z')",
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(refresh, "_follow_partitions", lambda *_: False)
+        patch.setattr(refresh, "_search", lambda *_: False)
         ticks(session, log)
     execute(session, "DELETE FROM day_14 WHERE occurred_at = '2025-11-14 00:07Z'")
     ticks(session, log)
