@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from batchctl.rollup import queue
 from batchctl.rollup.chunk import refresh_chunk
@@ -29,13 +29,6 @@ and what a crash repeats is little."""
 LARGEST_STEP = 4
 
 
-class Finished(NamedTuple):
-    """A range, and what became of it; None if the job is held elsewhere."""
-
-    span: Range
-    chunk: Chunk | None
-
-
 class Crew(Protocol):
     """Who refreshes chunks."""
 
@@ -44,8 +37,8 @@ class Crew(Protocol):
     def start(self, span: Range) -> None:
         """Begin with a range; at most `size` are under way."""
 
-    def finished(self) -> Finished:
-        """Return one that is done, waiting for it."""
+    def finished(self) -> Chunk | None:
+        """Wait for one that is done, and return what became of it; None if the job is held elsewhere."""
 
 
 @dataclass
@@ -109,7 +102,7 @@ class Chunks:
                 under_way += 1
             if not under_way:
                 return
-            span, chunk = self.crew.finished()
+            chunk = self.crew.finished()
             under_way -= 1
             if chunk is None:
                 yield None
@@ -117,11 +110,12 @@ class Chunks:
             if chunk.failure and len(chunk.buckets) > 1:
                 halves += self._halves(chunk)
                 continue
-            any_done = any_done or bool(chunk.buckets)
-            if not chunk.failure and chunk.buckets:
+            if not chunk.buckets:
+                continue
+            any_done = True
+            if not chunk.failure:
                 self.pace.learn(chunk)
-            if chunk.buckets:
-                yield chunk
+            yield chunk
 
     def _halves(self, chunk: Chunk) -> list[Range]:
         starts = [start for start, _ in chunk.buckets]
@@ -146,7 +140,6 @@ class Alone(AbstractContextManager["Alone"]):
         """Note a range."""
         self._spans.append(span)
 
-    def finished(self) -> Finished:
+    def finished(self) -> Chunk | None:
         """Refresh the range that was noted."""
-        span = self._spans.popleft()
-        return Finished(span, refresh_chunk(self._work, span, self._clock, self._log))
+        return refresh_chunk(self._work, self._spans.popleft(), self._clock, self._log)

@@ -9,7 +9,7 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, Self
 
 from batchctl.errors import DatabaseUnavailableError
-from batchctl.rollup.backlog import Alone, Finished
+from batchctl.rollup.backlog import Alone
 from batchctl.rollup.chunk import refresh_chunk
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ class Team(AbstractContextManager["Team"]):
         self._work, self._sessions, self._clock, self._log = work, sessions, clock, log
         self._stack = ExitStack()
         self._free: SimpleQueue[Work] = SimpleQueue()
-        self._under_way: dict[Future[Chunk | None], Range] = {}
+        self._under_way: set[Future[Chunk | None]] = set()
         self._held = False
 
     def __enter__(self) -> Self:
@@ -89,14 +89,15 @@ class Team(AbstractContextManager["Team"]):
 
     def start(self, span: Range) -> None:
         """Let a session that is free refresh a range."""
-        self._under_way[self._pool.submit(self._refresh, span)] = span
+        self._under_way.add(self._pool.submit(self._refresh, span))
 
-    def finished(self) -> Finished:
+    def finished(self) -> Chunk | None:
         """Wait for a range that is done."""
         while True:
             done, _ = wait(self._under_way, timeout=HEARTBEAT_SECONDS, return_when=FIRST_COMPLETED)
             for future in done:
-                return Finished(self._under_way.pop(future), future.result())
+                self._under_way.remove(future)
+                return future.result()
             # The server ends a transaction whose client is silent for long; ours only waits.
             self._work.run("hold_for_workers")
 
