@@ -12,8 +12,7 @@ from batchctl.batch.result import HolderShown
 from batchctl.config import Duration
 from batchctl.errors import DatabaseUnavailableError, UsageError
 from batchctl.guard.gap import Refusal, earliest_start, gap_rule, job_hours, refused
-from batchctl.guard.identity import ProcessIdentity
-from batchctl.guard.liveness import Orphan, Recorded, find_orphans, forget_runs, listed
+from batchctl.guard.liveness import Orphan, find_orphans, forget_runs, listed, recorded_processes
 from batchctl.guard.pause import lifted_by
 from batchctl.logs import elapsed, shown
 from batchctl.schedule.cron import inside_hours, next_inside_hours
@@ -21,6 +20,7 @@ from batchctl.schedule.estimate import estimate
 from batchctl.state.claim import ClaimRequest
 
 if TYPE_CHECKING:
+    from batchctl.guard.identity import ProcessIdentity
     import logging
     from collections.abc import Callable, Sequence
     from contextlib import AbstractContextManager
@@ -127,7 +127,7 @@ class Guards:
 
     def alive(self, store: Store, host: Host) -> Skip | None:
         state_dir, batch = self.configuration.state_dir, self.name
-        orphans = find_orphans(state_dir, batch, recorded_processes(store, batch, host.host_id))
+        orphans = find_orphans(state_dir, batch, recorded_processes(store.unfinished(batch, host.host_id)))
         forget_runs(state_dir, batch, {orphan.run_id for orphan in orphans})
         skip = self._left(orphans)
         if skip is not None:
@@ -253,14 +253,6 @@ class Guards:
             last_started_at=started,
             estimate=expected,
         )
-
-
-def recorded_processes(store: Store, batch: str, host_id: str) -> list[Recorded]:
-    """List the processes that a host's unfinished runs of a batch wrote down."""
-    return [
-        Recorded(row.run_id, ProcessIdentity(row.pid, row.pid_start_ticks, row.boot_id), row.account, row.step)
-        for row in store.unfinished(batch, host_id)
-    ]
 
 
 def _shown_holder(live: LiveRun) -> HolderShown:

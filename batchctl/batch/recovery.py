@@ -7,11 +7,10 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
-from batchctl.batch.guards import recorded_processes
 from batchctl.errors import BatchctlError, UsageError
 from batchctl.guard.ending import end_processes, with_descendants
 from batchctl.guard.identity import identify, started_seconds_ago
-from batchctl.guard.liveness import Orphan, Recorded, find_orphans, forget_runs, listed
+from batchctl.guard.liveness import Orphan, Recorded, find_orphans, forget_runs, listed, recorded_processes
 from batchctl.guard.lock import Holder, acquire, lock_path, read_holder
 from batchctl.logs import shown
 from batchctl.state.within import within
@@ -113,7 +112,7 @@ def ask_recorded(
 
     def ask() -> dict[str, list[Recorded]]:
         with connect() as store:
-            return {batch: recorded_processes(store, batch, host_id) for batch in batches}
+            return {batch: recorded_processes(store.unfinished(batch, host_id)) for batch in batches}
 
     return within(ASK_SECONDS, ask)
 
@@ -196,7 +195,7 @@ class Recovery:
             return self._ended(run) if run else f"Run {run_id} is gone."
         state_dir, own = self.configuration.state_dir, run.host == self.host.host_id
         # Another state directory on this machine is another host, whose processes can be seen all the same.
-        orphans = find_orphans(state_dir, run.batch, recorded_processes(store, run.batch, run.host))
+        orphans = find_orphans(state_dir, run.batch, recorded_processes(store.unfinished(run.batch, run.host)))
         alive = [orphan for orphan in orphans if orphan.run_id == run_id]
         if any(orphan.supervisor for orphan in alive):
             raise NotDeadError(f"{_named(run)} is not closed: its batchctl is alive here ({listed(alive)})")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,6 +11,9 @@ from batchctl.cli.app import command
 from batchctl.cli.run_batch import Json
 from batchctl.cli.session import Session
 from batchctl.errors import UsageError, choices
+
+if TYPE_CHECKING:
+    from datetime import tzinfo
 
 EARLIEST_YEAR, LATEST_YEAR = 1970, 2199
 
@@ -22,13 +25,15 @@ def in_reach(option: str, text: str, found: datetime) -> datetime:
     return found
 
 
-def instant(session: Session, option: str, text: str) -> datetime:
-    """Read an instant as people write it; without an offset it is in the configured zone."""
+def instant(session: Session, option: str, text: str, zone: tzinfo | None = None) -> datetime:
+    """Read an instant as people write it; without an offset it is in the zone, by default the configured one."""
     try:
         found = datetime.fromisoformat(text)
     except ValueError:
-        raise UsageError(f"{option} {text}: expected a time such as 2026-01-31T01:00 or 2026-01-31T01:00:00Z") from None
-    return found if found.tzinfo else found.replace(tzinfo=session.zone)
+        raise UsageError(
+            f"{option} {text}: expected a day such as 2026-01-31 or a time such as 2026-01-31T01:00Z"
+        ) from None
+    return found if found.tzinfo else found.replace(tzinfo=zone or session.zone)
 
 
 @command("next")

@@ -9,7 +9,7 @@ import typer
 
 from batchctl.cli.app import command
 from batchctl.cli.run_batch import Json
-from batchctl.cli.schedule import in_reach
+from batchctl.cli.schedule import in_reach, instant
 from batchctl.cli.session import Session
 from batchctl.errors import ConfigurationError, UsageError, choices
 
@@ -218,9 +218,4 @@ def _begin(session: Session, text: str | None, zone: tzinfo) -> datetime:
     """Return when to begin: the given day or time, else today."""
     if text is None:
         return session.clock.now().astimezone(zone).replace(hour=0, minute=0, second=0, microsecond=0)
-    try:
-        found = datetime.fromisoformat(text)
-    except ValueError:
-        raise UsageError(f"--start {text}: expected a day such as 2026-01-31, or a time of it") from None
-    in_reach("--start", text, found)
-    return (found if found.tzinfo else found.replace(tzinfo=zone)).astimezone(UTC)
+    return in_reach("--start", text, instant(session, "--start", text, zone)).astimezone(UTC)

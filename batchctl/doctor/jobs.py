@@ -6,11 +6,11 @@ from datetime import timedelta
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from batchctl.batch.guards import recorded_processes
 from batchctl.batch.recovery import Leftovers
 from batchctl.doctor.finding import ok, warning
 from batchctl.guard.gap import gap_rule
 from batchctl.guard.identity import ProcessIdentity, alive
+from batchctl.guard.liveness import recorded_processes
 from batchctl.logs import elapsed
 from batchctl.report.configured import pausable
 from batchctl.schedule.cron import next_time
@@ -42,7 +42,7 @@ def check_orphans(configuration: Configuration, store: Store | None, clock: Cloc
     found = []
     if store is not None and host_id is not None:
         for batch in configuration.batches:
-            recorded[batch] = recorded_processes(store, batch, host_id)
+            recorded[batch] = recorded_processes(store.unfinished(batch, host_id))
             live = store.live(batch)
             if live is None or live.host != host_id:
                 continue

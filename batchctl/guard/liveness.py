@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from batchctl.guard.identity import ProcessIdentity, alive, ancestors, describe, running
 from batchctl.guard.run_files import known_runs
@@ -29,6 +29,14 @@ class Recorded(NamedTuple):
     process: ProcessIdentity
     account: str | None
     step: str | None
+
+
+def recorded_processes(rows: Iterable[Any]) -> list[Recorded]:
+    """Read the processes that unfinished runs wrote down, from the rows in which the database lists them."""
+    return [
+        Recorded(row.run_id, ProcessIdentity(row.pid, row.pid_start_ticks, row.boot_id), row.account, row.step)
+        for row in rows
+    ]
 
 
 class Orphan(NamedTuple):

@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from batchctl.guard.identity import ProcessIdentity, alive, boot_id
-from batchctl.guard.liveness import Recorded, find_orphans
+from batchctl.guard.liveness import find_orphans, recorded_processes
 from batchctl.guard.lock import lock_path, read_holder
 from batchctl.report.configured import Job, configured_jobs
 from batchctl.report.guards import RunSeen, Seen
@@ -170,11 +170,8 @@ class JobReader:
     def _left(self, batch: str) -> tuple[Orphan, ...]:
         """List what the liveness guard refuses a start for, unless that belongs to a run that lives."""
         if batch not in self._orphans:
-            recorded = [
-                Recorded(row.run_id, ProcessIdentity(row.pid, row.pid_start_ticks, row.boot_id), row.account, row.step)
-                for row in self._store.unfinished(batch, self._host_id)
-            ]
-            found = find_orphans(self._configuration.state_dir, batch, recorded)
+            processes = recorded_processes(self._store.unfinished(batch, self._host_id))
+            found = find_orphans(self._configuration.state_dir, batch, processes)
             living = {orphan.run_id for orphan in found if orphan.supervisor}
             ignored = self._configuration.batches[batch].leftovers == "ignore"
             self._orphans[batch] = tuple(
