@@ -20,7 +20,6 @@ from batchctl.schedule.estimate import estimate
 from batchctl.state.claim import ClaimRequest
 
 if TYPE_CHECKING:
-    from batchctl.guard.identity import ProcessIdentity
     import logging
     from collections.abc import Callable, Sequence
     from contextlib import AbstractContextManager
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
     from batchctl.batch.resume import Work
     from batchctl.clock import Clock
     from batchctl.config import Batch, Configuration
+    from batchctl.guard.identity import ProcessIdentity
     from batchctl.guard.lock import Holder
     from batchctl.schedule.estimate import Estimate
     from batchctl.state.claim import Claim, JobState, LiveRun, PastRun

@@ -52,6 +52,7 @@ def migrate(
     """
     from batchctl.cli import render
     from batchctl.rollup import ddl
+    from batchctl.rollup.drop import drop as drop_rollup
     from batchctl.state.migrate import upgrade
 
     definitions = session.definitions() if session.configuration.rollups else ()
@@ -61,7 +62,7 @@ def migrate(
         upgraded = upgrade(connection)
         warnings: tuple[str, ...] = ()
         if drop is not None:
-            statements = ddl.drop(connection, drop, session.clock, dry_run=dry_run)
+            statements = drop_rollup(connection, drop, session.clock, dry_run=dry_run)
             done = [f"Dropped {drop}."]
         else:
             made = ddl.migrate(

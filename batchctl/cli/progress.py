@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from batchctl.clock import Clock
-    from batchctl.rollup.refresh import Advance
+    from batchctl.rollup.result import Advance
 
 PATIENCE_SECONDS = 1.0
 """What is done sooner needs no progress, and is not to wait for the library that draws."""

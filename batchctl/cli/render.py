@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from batchctl.report.scenario import Scenario
     from batchctl.report.simulation import Simulation
     from batchctl.report.start import NextStart
-    from batchctl.rollup.refresh import GrainResult
+    from batchctl.rollup.result import GrainResult
 
 STEP_KEYS = (
     "account", "step", "group", "outcome", "exit_code", "signal", "attempts", "duration_seconds", "quantity", "log"

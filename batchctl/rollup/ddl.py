@@ -1,4 +1,4 @@
-"""Makes and takes away what a rollup needs in the database: the plan, and its steps one after the other."""
+"""Makes what a rollup needs in the database: the plan, and its steps one after the other."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from batchctl.errors import BatchctlError, ConfigurationError, UsageError
-from batchctl.rollup import apply, change, compose, partitions, views
+from batchctl.errors import ConfigurationError
+from batchctl.rollup import apply, change, partitions, views
 from batchctl.rollup.apply import PATIENCE_SECONDS
 from batchctl.rollup.definition import NEXT, Places, Table, differences, is_switch, next_name
+from batchctl.rollup.drop import check_droppable, triggers_of
 from batchctl.rollup.source import find
 from batchctl.rollup.steps import Step, completion, creation, removal, switch, tracking
 from batchctl.rollup.swap import leftover, swap
@@ -107,31 +108,6 @@ def migrate(
     )
 
 
-def drop(
-    session: Session, name: str, clock: Clock, *, dry_run: bool = False, patience: float = PATIENCE_SECONDS
-) -> tuple[str, ...]:
-    """Take triggers, function, tables, queue and state of a rollup away, and a half-built new version; return the SQL.
-
-    Raises:
-        UsageError: there is no such rollup in the database.
-        ConfigurationError: a table belongs to another role.
-        BatchctlError: a table stayed locked, or something else depends on one; call again.
-    """
-    rows = [row for row in session.fetch("rollup.registered") if not row.rollup.endswith(NEXT)]
-    registered = next((row for row in rows if row.rollup == name), None)
-    triggers = _triggers(session, name)
-    if registered is None and (not triggers or name.endswith(NEXT)):
-        known = ", ".join(row.rollup for row in rows) or "(none)"
-        raise UsageError(f"rollup {name!r} is not in the database; expected one of {known}")
-    _check_droppable(session, name, registered, triggers)
-    steps = [*change.discard(session, name), *removal(session, name, registered, triggers)]
-    if not dry_run:
-        for step in steps:
-            if not apply.apply(session, step, clock, patience):
-                return drop(session, name, clock, patience=patience)
-    return tuple(apply.text(session, steps))
-
-
 def _carry_out(  # noqa: PLR0917 - what migrate has
     session: Session,
     plan: _Plan,
@@ -176,39 +152,6 @@ def _announced(changed: Change) -> str:
         f"rollup.{changed.definition.name} has changed ({'; '.join(changed.differences)}): its new tables are built "
         f"from {changed.found.places.source} beside the old ones, which stay as they are until those are ready"
     )
-
-
-def _triggers(session: Session, name: str) -> list[Any]:
-    function = compose.function_name(name)
-    return session.fetch("rollup.find_triggers", function=function, schema_name=session.schema_name)
-
-
-def _check_droppable(
-    session: Session, name: str, registered: Any, triggers: Iterable[Any], verb: str = "dropped"
-) -> None:
-    """Refuse what would fail later, half done."""
-    # A source first: what is said of a target holds for a table that is both.
-    wanted = {Table(row.schema, row.table): False for row in triggers}
-    if registered is not None:
-        targets = Places.from_json(registered.places).targets
-        wanted |= dict.fromkeys(targets.values(), True)
-        for grain, target in targets.items():
-            wanted |= dict.fromkeys(views.existing(session, name, grain, target), True)
-    rows = session.fetch(
-        "rollup.undroppable",
-        schemas=[table.schema for table in wanted],
-        names=[table.name for table in wanted],
-        targets=list(wanted.values()),
-    )
-    if foreign := [row.table for row in rows if row.foreign]:
-        raise ConfigurationError(
-            f"rollup.{name} cannot be {verb} by this role, which does not own {', '.join(foreign)}; "
-            "connect as the owner, or as a member of it"
-        )
-    if depending := [f"{', '.join(row.dependants)} on {row.table}" for row in rows if row.dependants]:
-        raise BatchctlError(
-            f"rollup.{name} cannot be {verb}, because something else depends on its tables: {'; '.join(depending)}"
-        )
 
 
 def _plan(session: Session, definition: Definition) -> _Plan:
@@ -258,7 +201,7 @@ def _plan(session: Session, definition: Definition) -> _Plan:
 
 
 def _plan_change(session: Session, definition: Definition, registered: Any, changes: Sequence[str]) -> _Plan:
-    _check_droppable(session, definition.name, registered, _triggers(session, definition.name), "changed")
+    check_droppable(session, definition.name, registered, triggers_of(session, definition.name), "changed")
     beginning = change.begin(session, definition, registered, changes)
     found = beginning.change.found
     warnings = _advice(session, definition, found)
@@ -284,8 +227,8 @@ def _check_switch(session: Session, definition: Definition, changes: Sequence[st
             f"rollup.{definition.name} has changed ({'; '.join(changes)}): `lookback` cannot be set or taken out "
             "together with another change; undo one of them, run `batchctl migrate`, and then make the other"
         )
-    if definition.lookback_seconds and (triggers := _triggers(session, definition.name)):
-        _check_droppable(session, definition.name, None, triggers, "changed")
+    if definition.lookback_seconds and (triggers := triggers_of(session, definition.name)):
+        check_droppable(session, definition.name, None, triggers, "changed")
 
 
 def _first_warnings(definition: Definition, found: Found, *, switched: bool) -> list[str]:

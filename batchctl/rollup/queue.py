@@ -1,4 +1,4 @@
-"""The queue of dirty buckets of a grain: looked at, filled, sorted, handed out in ranges."""
+"""The queue of dirty buckets of a grain: filled, sorted, handed out in ranges, settled."""
 
 from __future__ import annotations
 
@@ -6,16 +6,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from batchctl.errors import ConfigurationError
 from batchctl.rollup import compose
-from batchctl.rollup.definition import Places, differences, is_switch, next_name
-from batchctl.rollup.work import Work, parameters
+from batchctl.rollup.look import Seen
+from batchctl.rollup.work import Work
 from batchctl.state.database import sql
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
     from datetime import datetime
 
-    from batchctl.rollup.definition import Definition, Grain
-    from batchctl.state.database import Session
+    from batchctl.rollup.look import Look
 
 
 ROWS_FOR_A_JUMP = 50
@@ -40,39 +38,6 @@ class Range(NamedTuple):
     buckets: int
 
 
-class Seen(NamedTuple):
-    """Which notes a tick has seen before: those of transactions before `unseen_from` that are not `late`."""
-
-    unseen_from: int
-    """The first transaction that had not ended and was not in progress either."""
-    late: tuple[int, ...]
-    """Those before it that were in progress."""
-
-    @classmethod
-    def read(cls, remembered: Any, look: Any) -> Seen:
-        """Read what a tick remembered, as PostgreSQL writes a snapshot.
-
-        Where transactions are numbered otherwise, in a restored dump for instance, nothing has been seen.
-
-        Args:
-            remembered: Has `notes_seen` and `notes_seen_in`.
-            look: Says in which cluster and database this is (`here`) and which transaction would be the next.
-        """
-        if remembered.notes_seen is None or remembered.notes_seen_in != look.here:
-            return NOTHING_SEEN
-        _, unseen_from, late = remembered.notes_seen.split(":")
-        if int(unseen_from) > int(look.next):
-            return NOTHING_SEEN
-        return cls(int(unseen_from), tuple(map(int, late.split(","))) if late else ())
-
-    def parameters(self) -> dict[str, Any]:
-        """Return the values as the statements take them."""
-        return {"unseen_from": str(self.unseen_from), "late": list(map(str, self.late))}
-
-
-NOTHING_SEEN = Seen(0, ())
-
-
 class Sorted(NamedTuple):
     """What became of notes."""
 
@@ -80,121 +45,6 @@ class Sorted(NamedTuple):
     """All closed buckets that wait, None if that is not known without looking."""
     late: Late
     """Changes of buckets that are never computed anew."""
-
-
-class Look(NamedTuple):
-    """What a tick sees before it does anything."""
-
-    started: float
-    """By the database's clock, as seconds since 1970."""
-    known: bool
-    paused: tuple[str, ...]
-    """What is paused of the rollup and the job."""
-    history_queued: bool
-    partitioned: bool
-    """True if the source's partitions are followed."""
-    dirty: bool
-    """True if closed buckets wait."""
-    seen: str | None
-    """The snapshot that shows no note that is not sorted in, None if it may show some."""
-    here: str
-    """The cluster and the database."""
-    next: str
-    """The transaction that would come next."""
-    until: float | None
-    """How far it looks, as seconds since 1970."""
-    newest: float
-    """The newest closed bucket, as seconds since 1970."""
-
-
-def look(session: Session, definition: Definition, grain: Grain) -> tuple[Look, Work]:
-    """Return all that an idle tick needs to know, and the work.
-
-    Raises:
-        ConfigurationError: the rollup is not migrated, or has changed since.
-    """
-    finer = definition.finer(grain.name)
-    rows = session.run(
-        session.statement("rollup.look"),
-        {**parameters(definition, grain), "finer": definition.job(finer.name) if finer else None},
-    )
-    if not rows:
-        raise ConfigurationError(f"rollup.{definition.name} has no tables yet; run `batchctl migrate`")
-    work = Work(session, definition, grain, _places(session, definition, rows[0].definition))
-    return _look(work, rows[0]), work
-
-
-def _places(session: Session, definition: Definition, registered: Mapping[str, Any]) -> Places:
-    """Check that the rollup is as it was migrated."""
-    before, now = dict(registered), definition.as_json()
-    places = before.pop("places")
-    if "dropping" in before:
-        raise ConfigurationError(
-            f"rollup.{definition.name} is being dropped; run `batchctl migrate --drop {definition.name}` again"
-        )
-    if before.pop("unfinished", False):
-        raise ConfigurationError(f"rollup.{definition.name} is not complete yet; run `batchctl migrate` again")
-    if before != now:
-        raise ConfigurationError(
-            f"rollup.{definition.name} has changed since it was migrated ({'; '.join(differences(before, now))}); "
-            f"{_advice(session, definition.name, switched=is_switch(before, now))}"
-        )
-    return Places.from_json(places)
-
-
-def _horizon(work: Work, row: Any) -> tuple[float, float | None, float]:
-    """Return the bucket that is open, how far the tick looks, and the newest closed bucket, as seconds since 1970.
-
-    A coarser grain sees what the finer one wrote, so it looks no further than that has looked; None if it has not yet.
-    """
-    finest = work.definition.finer(work.grain.name) is None
-    if work.grain.zone:
-        instant = compose.open_bucket(work.session, work.definition, work.grain)
-        statement = work.session.statement(
-            "rollup.local_horizon",
-            open=instant,
-            of_finer=compose.bucket_of(work.session, work.grain, sql.SQL("to_timestamp(%(finer_until)s)")),
-            last=compose.bucket_of(work.session, work.grain, sql.SQL("{} - interval '1 microsecond'").format(instant)),
-        )
-        found = work.session.run(statement, {"finer_until": row.finer_until})[0]
-        return found.open, None if row.finer_until is None else found.until, found.last
-    width = work.grain.seconds
-    now = (row.started - work.definition.settle_seconds) // width * width
-    if finest:
-        return now, now, now - width
-    return now, None if row.finer_until is None else min(now, row.finer_until // width * width), now - width
-
-
-def _look(work: Work, row: Any) -> Look:
-    seen = Seen.read(row, row)
-    now, until, newest = _horizon(work, row)
-    unseen = work.run("unseen", **seen.parameters())[0]
-    noted, closed = unseen.noted, unseen.closed
-    if seen.late and not closed:
-        late = work.run("unseen_late", **seen.parameters())[0]
-        noted, closed = noted or late.noted, late.closed
-    paused = (*([work.definition.name] if row.rollup_paused else []), *([work.job] if row.paused else []))
-    return Look(
-        started=row.started,
-        known=row.known,
-        paused=paused,
-        history_queued=row.history_queued,
-        partitioned=row.partitioned,
-        dirty=closed or (row.queued_from is not None and row.queued_from < now),
-        seen=None if noted else unseen.snapshot,
-        here=row.here,
-        next=row.next,
-        until=until,
-        newest=newest,
-    )
-
-
-def _advice(session: Session, name: str, *, switched: bool) -> str:
-    if switched:
-        return "run `batchctl migrate`, which takes `lookback` in or out"
-    if any(row.rollup == next_name(name) for row in session.fetch("rollup.registered")):
-        return "`batchctl migrate` builds its new tables; run it again if it was interrupted"
-    return "run `batchctl migrate`, which builds its new tables"
 
 
 def queue_history(work: Work) -> None:

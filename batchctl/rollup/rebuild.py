@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from logging import Logger
 
     from batchctl.clock import Clock
-    from batchctl.rollup.refresh import Advance, GrainResult
+    from batchctl.rollup.result import Advance, GrainResult
     from batchctl.rollup.swap import Change
     from batchctl.state.database import Session
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING
 
 from batchctl.errors import BatchctlError, ConfigurationError, DatabaseUnavailableError
 from batchctl.guard.pause import lifted_by
 from batchctl.rollup import queue
 from batchctl.rollup.backlog import FIRST_BUCKETS, MOST_BUCKETS, Alone, Chunks, Crew, Pace
 from batchctl.rollup.chunk import Attempt, since
+from batchctl.rollup.look import look_at
+from batchctl.rollup.result import Advance, GrainResult
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -20,48 +22,15 @@ if TYPE_CHECKING:
     from batchctl.clock import Clock
     from batchctl.rollup.chunk import Chunk
     from batchctl.rollup.definition import Definition
-    from batchctl.rollup.queue import Look
+    from batchctl.rollup.look import Look
+    from batchctl.rollup.result import Outcome
     from batchctl.rollup.work import Work
     from batchctl.state.database import Session
-
-Outcome = Literal["success", "empty", "skipped", "failed"]
 
 NAMED_BUCKETS = 3
 """How many of the buckets that fail are named."""
 
 NOTHING = "No events for bucket %s, skipping aggregation"
-
-
-@dataclass(frozen=True)
-class GrainResult:
-    """What one call did to one grain; the fields are the keys of the JSON document."""
-
-    rollup: str
-    grain: str
-    outcome: Outcome
-    reason: str | None = None
-    buckets: int = 0
-    source_rows: int = 0
-    """Rows read: of the source for the finest grain, of the next finer table for the others."""
-    rows_written: int = 0
-    rows_deleted: int = 0
-    remaining_buckets: int = 0
-    """Closed and still queued."""
-    duration_seconds: float = 0.0
-    ignored_buckets: int = 0
-    """Changed in the source and not recomputed, because they are older than `source_retention`."""
-    detail: str | None = None
-    """Of a skip: the reason in words."""
-
-
-class Advance(NamedTuple):
-    """How far the backlog of a grain is: the closed buckets that waited at first, buckets done, rows read for them."""
-
-    rollup: str
-    grain: str
-    waiting: int
-    buckets: int
-    source_rows: int
 
 
 @dataclass(frozen=True)
@@ -133,7 +102,7 @@ def tick(  # noqa: PLR0917 - the first five are what every tick has
     """
     begun = clock.monotonic()
     deadline = begun + definition.budget_seconds if limits.deadline is None else limits.deadline
-    look, work = queue.look(session, definition, definition.grain(grain))
+    look, work = look_at(session, definition, definition.grain(grain))
     if look.paused:
         message = f"{grain} aggregation is paused: {lifted_by(look.paused)}. Skipped."
         log.warning(message)
@@ -198,7 +167,7 @@ def rebuild(  # noqa: PLR0917 - the first five are what every rebuild has
     Raises:
         ConfigurationError: the rollup is not migrated, or has changed since.
     """
-    look, work = queue.look(session, definition, definition.grain(grain))
+    look, work = look_at(session, definition, definition.grain(grain))
     if look.paused:
         return 0
     if log and definition.retention_seconds:
@@ -217,7 +186,7 @@ def waiting(session: Session, definition: Definition, grain: str) -> int:
     Raises:
         ConfigurationError: the rollup is not migrated, or has changed since.
     """
-    _, work = queue.look(session, definition, definition.grain(grain))
+    _, work = look_at(session, definition, definition.grain(grain))
     return queue.waiting(work)
 
 

@@ -13,7 +13,8 @@ from batchctl.errors import BatchctlError, ConfigurationError, DatabaseUnavailab
 from batchctl.guard.identity import identify
 from batchctl.guard.lock import Holder, acquire, lock_path, read_holder
 from batchctl.logs import elapsed, shown
-from batchctl.rollup.refresh import GrainResult, Limits, rebuild, tick, waiting
+from batchctl.rollup.refresh import Limits, rebuild, tick, waiting
+from batchctl.rollup.result import GrainResult
 from batchctl.schedule.cron import inside_hours
 from batchctl.state.within import within
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from batchctl.clock import Clock
     from batchctl.config import Configuration
     from batchctl.rollup.definition import Definition
-    from batchctl.rollup.refresh import Advance
+    from batchctl.rollup.result import Advance
     from batchctl.state.database import Session
     from batchctl.state.journal import Journal
     from batchctl.state.store import Store

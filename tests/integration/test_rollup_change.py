@@ -16,8 +16,9 @@ from support import wait_for
 
 from batchctl.errors import BatchctlError, ConfigurationError, UsageError
 from batchctl.rollup import ddl, rebuild, refresh
-from batchctl.rollup.ddl import drop, migrate
+from batchctl.rollup.ddl import migrate
 from batchctl.rollup.definition import Grain
+from batchctl.rollup.drop import drop
 from batchctl.rollup.measure import read_measure
 from batchctl.rollup.refresh import tick
 from batchctl.state.database import Database

@@ -17,7 +17,8 @@ from support import wait_for
 
 from batchctl.clock import SystemClock
 from batchctl.rollup import refresh
-from batchctl.rollup.ddl import drop, migrate
+from batchctl.rollup.ddl import migrate
+from batchctl.rollup.drop import drop
 from batchctl.rollup.refresh import tick
 from batchctl.state.database import Database
 from batchctl.state.migrate import upgrade

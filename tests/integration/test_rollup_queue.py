@@ -12,9 +12,9 @@ from psycopg.conninfo import conninfo_to_dict
 
 from batchctl.clock import SystemClock
 from batchctl.config import Rollup
-from batchctl.rollup import queue
 from batchctl.rollup.ddl import migrate
 from batchctl.rollup.definition import read_definition
+from batchctl.rollup.look import Seen, look_at
 from batchctl.rollup.refresh import tick
 from batchctl.state.database import Database
 from batchctl.state.migrate import upgrade
@@ -104,12 +104,12 @@ def test_what_commits_after_it_was_overtaken_is_seen_and_what_was_seen_is_not_lo
         for number in range(3):
             insert(session.connection, f"06:2{number}")
             assert tick(session, DEFINITION, "1m", CLOCK, LOG).buckets == 1
-        look, work = queue.look(session, DEFINITION, DEFINITION.finest)
+        look, work = look_at(session, DEFINITION, DEFINITION.finest)
         assert not look.dirty
         row = session.connection.execute(
             "SELECT notes_seen::text AS notes_seen, notes_seen_in FROM batchctl.state"
         ).fetchone()
-        seen = queue.Seen.read(row, look)
+        seen = Seen.read(row, look)
         assert len(seen.late) == 1
         assert seen.unseen_from > seen.late[0]
         slow.commit()

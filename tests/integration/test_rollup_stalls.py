@@ -15,7 +15,8 @@ from rollup_writers import CLOCK
 from support import wait_for
 
 from batchctl.rollup.apply import LOCK_MILLISECONDS
-from batchctl.rollup.ddl import drop, migrate
+from batchctl.rollup.ddl import migrate
+from batchctl.rollup.drop import drop
 from batchctl.rollup.refresh import tick
 from batchctl.state.database import Database
 from batchctl.state.migrate import upgrade

@@ -12,8 +12,9 @@ from psycopg.rows import tuple_row
 from batchctl.clock import SystemClock
 from batchctl.config import Rollup
 from batchctl.errors import BatchctlError, ConfigurationError
-from batchctl.rollup.ddl import drop, migrate
+from batchctl.rollup.ddl import migrate
 from batchctl.rollup.definition import read_definition
+from batchctl.rollup.drop import drop
 from batchctl.rollup.refresh import tick
 from batchctl.state.database import Database
 from batchctl.state.migrate import upgrade

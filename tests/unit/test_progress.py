@@ -9,7 +9,7 @@ from rich.console import Console
 
 from batchctl.cli import progress
 from batchctl.cli.progress import BacklogView
-from batchctl.rollup.refresh import Advance
+from batchctl.rollup.result import Advance
 
 
 class Clock:
