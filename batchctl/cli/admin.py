@@ -21,7 +21,7 @@ def init(session: Session) -> int:
 
     It uses the embedded database. A file that exists is never overwritten.
     """
-    from batchctl.cli import render
+    from batchctl.cli import output
     from batchctl.config_file import FILE_NAME
 
     path = session.config or Path(FILE_NAME)
@@ -33,7 +33,7 @@ def init(session: Session) -> int:
     except OSError as error:
         raise ConfigurationError(f"{path} cannot be written: {error.strerror}") from error
     if session.shows_results:
-        render.line(f"Wrote {path}. Next: edit it, then `batchctl run-batch`, `batchctl status`.")
+        output.line(f"Wrote {path}. Next: edit it, then `batchctl run-batch`, `batchctl status`.")
     return 0
 
 
@@ -50,7 +50,7 @@ def migrate(
 
     The triggers notice what changes in the source. Calling it again does no harm.
     """
-    from batchctl.cli import render
+    from batchctl.cli import output, render
     from batchctl.rollup import ddl
     from batchctl.rollup.drop import drop as drop_rollup
     from batchctl.state.migrate import upgrade
@@ -71,7 +71,7 @@ def migrate(
                 session.clock,
                 dry_run=dry_run,
                 logger=session.logger,
-                say=render.line if session.shows_results else lambda _: None,
+                say=output.line if session.shows_results else lambda _: None,
             )
             statements, warnings = made.statements, made.warnings
             done = [f"Made the tables and triggers of {name}." for name in made.created]
@@ -98,13 +98,13 @@ def demo(
     clean: Annotated[bool, typer.Option("--clean", help="End the server and remove the directory.")] = False,
 ) -> int:
     """Show a batch and rollups at work on a day's real sales."""
-    from batchctl.cli import render
+    from batchctl.cli import output
     from batchctl.demo import tour
 
     if data is not None and (stop or clean):
         raise UsageError("--data goes with a demo that runs, not with --stop or --clean")
     if clean:
-        return tour.clean(directory, session.clock, render.line)
+        return tour.clean(directory, session.clock, output.line)
     if stop:
-        return tour.stop(directory, session.clock, render.line)
-    return tour.run(directory, data, session.clock, render.line)
+        return tour.stop(directory, session.clock, output.line)
+    return tour.run(directory, data, session.clock, output.line)

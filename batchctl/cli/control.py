@@ -24,7 +24,7 @@ def pause(session: Session, job: Job) -> int:
 
     A run in progress goes on.
     """
-    from batchctl.cli import render
+    from batchctl.cli import output
     from batchctl.report.jobs import JobReader
 
     top = _configured(session, job)
@@ -32,17 +32,17 @@ def pause(session: Session, job: Job) -> int:
         new = store.pause(job, batch=top if top in session.configuration.batches else None)
         statuses = JobReader(session.configuration, store, session.zone, session.clock).statuses()
     if session.shows_results:
-        render.line(f"{job} is paused." if new else f"{job} was paused already.")
+        output.line(f"{job} is paused." if new else f"{job} was paused already.")
         running = [each for each in statuses if each.state == "running" and f"{each.job}/".startswith(f"{job}/")]
         for text in _go_on(running):
-            render.line(text)
+            output.line(text)
     return 0
 
 
 @command("unpause")
 def unpause(session: Session, job: Job) -> int:
     """Allow starts of a job and all below it again."""
-    from batchctl.cli import render
+    from batchctl.cli import output
     from batchctl.guard.pause import lifted_by
 
     top = _configured(session, job)
@@ -50,10 +50,10 @@ def unpause(session: Session, job: Job) -> int:
         lifted = store.unpause(job)
         above = store.paused([top])
     if session.shows_results:
-        render.line(f"No longer paused: {', '.join(lifted)}." if lifted else f"{job} was not paused.")
+        output.line(f"No longer paused: {', '.join(lifted)}." if lifted else f"{job} was not paused.")
     if above:
         # Also without a terminal: who unpauses a job takes it to start again.
-        render.warning(f"{job} is still paused because of {lifted_by(above)}")
+        output.warning(f"{job} is still paused because of {lifted_by(above)}")
     return 0
 
 
@@ -94,7 +94,7 @@ def stop(
     """
     from batchctl.batch.interruption import Stop
     from batchctl.batch.stop import ask_to_end
-    from batchctl.cli import render
+    from batchctl.cli import output
     from batchctl.state.host import this_host
 
     if after_step and now:
@@ -109,5 +109,5 @@ def stop(
         clock=session.clock,
     )
     if session.shows_results:
-        render.line(said)
+        output.line(said)
     return 0

@@ -49,16 +49,16 @@ def crontab(
 
 
 def _show(session: Session) -> int:
-    from batchctl.cli import render
+    from batchctl.cli import output
     from batchctl.schedule.crontab import block
 
     asked = _wanted(session)
-    render.crontab_lines(block(asked.path, asked.lines))
+    output.crontab_lines(block(asked.path, asked.lines))
     return ExitCode.DONE
 
 
 def _install(session: Session, *, yes: bool) -> int:
-    from batchctl.cli import render
+    from batchctl.cli import output
     from batchctl.schedule import crontab as text
     from batchctl.schedule import user_crontab
 
@@ -66,7 +66,7 @@ def _install(session: Session, *, yes: bool) -> int:
     before = user_crontab.read()
     after = text.install(before or b"", asked.path, asked.lines)
     for number, line in text.compare(before or b"", asked.path, asked.lines).elsewhere:
-        render.warning(f"line {number} of the crontab is outside the markers and starts the same; remove it: {line}")
+        output.warning(f"line {number} of the crontab is outside the markers and starts the same; remove it: {line}")
     return _change(session, before, after, yes=yes, done=f"Installed the lines of {asked.path}.")
 
 
@@ -82,29 +82,29 @@ def _remove(session: Session, *, yes: bool) -> int:
 
 def _change(session: Session, before: bytes | None, after: bytes, *, yes: bool, done: str) -> int:
     """Show the difference, ask, and replace the crontab."""
-    from batchctl.cli import render
+    from batchctl.cli import output
     from batchctl.schedule import user_crontab
     from batchctl.schedule.crontab import difference
 
     lines = difference(before or b"", after)
     if not lines:
         if session.shows_results:
-            render.line("The crontab is as it should be; nothing changed.")
+            output.line("The crontab is as it should be; nothing changed.")
         return ExitCode.DONE
     for each in lines if session.shows_results or not yes else ():
-        render.line(each)
-    if not yes and not render.confirmed("Change the crontab?"):
-        render.line("Nothing changed.")
+        output.line(each)
+    if not yes and not output.confirmed("Change the crontab?"):
+        output.line("Nothing changed.")
         return ExitCode.FAILED
     user_crontab.replace(before, after)
     if session.shows_results:
-        render.line(done)
+        output.line(done)
     return ExitCode.DONE
 
 
 def _wanted(session: Session) -> Wanted:
     """Make the lines, and say what will not be as the configuration says."""
-    from batchctl.cli import render
+    from batchctl.cli import output
     from batchctl.schedule.crontab_lines import this_program, wanted
 
     configuration = session.configuration
@@ -115,9 +115,9 @@ def _wanted(session: Session) -> Wanted:
             "set batch.NAME.schedule or configure a rollup"
         )
     for each in (*asked.warnings, *asked.not_found):
-        render.warning(each)
+        output.warning(each)
     if os.environ.get("BATCHCTL_DATABASE_URL"):
-        render.warning("$BATCHCTL_DATABASE_URL is set here, but not under cron, which uses the configured database")
+        output.warning("$BATCHCTL_DATABASE_URL is set here, but not under cron, which uses the configured database")
     return asked
 
 

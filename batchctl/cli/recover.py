@@ -21,7 +21,7 @@ def orphans(
 ) -> int:
     """Show, or end, what earlier runs left alive on this host."""
     from batchctl.batch.recovery import Leftovers, ask_recorded
-    from batchctl.cli import render
+    from batchctl.cli import output, render
     from batchctl.state.host import this_host
 
     configuration = session.configuration
@@ -30,14 +30,14 @@ def orphans(
         recorded = ask_recorded(session.connect, configuration.batches, host.host_id)
     except BatchctlError as error:
         # Locks and marks of processes are enough to find nearly everything.
-        render.complain(f"{error}; looked without what is recorded there")
+        output.complain(f"{error}; looked without what is recorded there")
         recorded = {}
     leftovers = Leftovers(configuration, recorded, session.clock)
     found = leftovers.kill() if kill else leftovers.find()
     render.orphans(found, zone=session.zone, json=json)
     remaining = [left for left in found if left.killed is False]
     if remaining:
-        render.complain(f"{len(remaining)} of {len(found)} could not be ended: end them as their user, or as root")
+        output.complain(f"{len(remaining)} of {len(found)} could not be ended: end them as their user, or as root")
     return ExitCode.FAILED if remaining else ExitCode.DONE
 
 
@@ -55,7 +55,7 @@ def recover(
 ) -> int:
     """Close a run that died: nothing waits for it any more."""
     from batchctl.batch.recovery import Recovery
-    from batchctl.cli import render
+    from batchctl.cli import output
     from batchctl.state.host import this_host
 
     if force and run is None:
@@ -72,7 +72,7 @@ def recover(
     )
     said, refused = ([recovery.close(run, force=force)], []) if run is not None else recovery.close_all()
     for text in (said or ["Nothing to close."]) if session.shows_results else ():
-        render.line(text)
+        output.line(text)
     for text in refused:
-        render.complain(text)
+        output.complain(text)
     return ExitCode.FAILED if refused else ExitCode.DONE

@@ -1,22 +1,19 @@
-"""Results become a table, a plain line or JSON; the only place that prints. rich is loaded on a terminal only."""
+"""Results become tables, lines and JSON documents."""
 
 from __future__ import annotations
 
-import json as json_module
 import shlex
-import sys
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict
-from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from batchctl.cli.table import laid_out
-from batchctl.cli.terminal import on_terminal, write
-from batchctl.logs import elapsed, rfc3339, shown
+from batchctl.cli.output import document, line, table, warning
+from batchctl.cli.terminal import on_terminal
+from batchctl.logs import elapsed, shown
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
-    from datetime import tzinfo
+    from datetime import datetime, tzinfo
 
     from batchctl.batch.plan import Plan
     from batchctl.batch.recovery import Left
@@ -33,66 +30,6 @@ STEP_KEYS = (
     "account", "step", "group", "outcome", "exit_code", "signal", "attempts", "duration_seconds", "quantity", "log"
 )  # fmt: skip
 ORPHAN_KEYS = ("run_id", "pid", "what", "account", "step", "command", "run_ended")
-
-
-def document(content: dict[str, Any]) -> None:
-    """Print one JSON document; instants become RFC 3339 in UTC."""
-
-    def encode(value: Any) -> Any:
-        if isinstance(value, datetime):
-            return rfc3339(value)
-        raise TypeError(type(value).__name__)
-
-    write(json_module.dumps({"version": 1, **content}, default=encode, ensure_ascii=False) + "\n")
-
-
-def line(text: str) -> None:
-    """Print a plain line, at once: who reads a pipe of a long command sees how far it is."""
-    write(f"{text}\n")
-
-
-def warning(text: str) -> None:
-    """Say on standard error what a command that did its work could not do, or what somebody has to know."""
-    complain(f"warning: {text}")
-
-
-def complain(text: str) -> None:
-    """Say on standard error what is not as it should be, on one line."""
-    if sys.stderr is not None:
-        with suppress(OSError):
-            sys.stderr.write(f"batchctl: {' '.join(text.split())}\n")
-
-
-def confirmed(question: str) -> bool:
-    """Ask on the terminal; anything but a yes is a no."""
-    write(f"{question} [y/N] ")
-    answer = sys.stdin.readline() if sys.stdin is not None else ""
-    if not answer.endswith("\n"):
-        line("")
-    return answer.strip().lower() in {"y", "yes"}
-
-
-def crontab_lines(text: bytes) -> None:
-    """Print lines of a crontab; a path may hold bytes that are no text, which are written as escapes."""
-    write(text.decode(errors="backslashreplace"))
-
-
-def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print rows under headings: as wide as the terminal, elsewhere one line for each."""
-    if not on_terminal():
-        for text in laid_out(columns, rows, None):
-            line(text)
-        return
-    from rich.cells import cell_len
-    from rich.console import Console
-    from rich.text import Text
-
-    console = Console()
-    headings = len(laid_out(columns, (), console.width, cell_len))
-    with console.capture() as captured:
-        for number, text in enumerate(laid_out(columns, rows, console.width, cell_len)):
-            console.print(Text(text, "bold" if number < headings else ""), soft_wrap=True)
-    write(captured.get())
 
 
 def plan(work: Work, *, json: bool) -> None:
