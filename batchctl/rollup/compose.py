@@ -6,7 +6,7 @@ import hashlib
 import json
 from typing import TYPE_CHECKING
 
-from batchctl.rollup.definition import LONGEST_NAME, ROW_COLUMN, ROWS_COLUMN, Table
+from batchctl.rollup.definition import LONGEST_NAME, NUMBER_COLUMN, ROW_COLUMN, ROWS_COLUMN, VALUE_COLUMN, Table
 from batchctl.state.database import sql
 
 if TYPE_CHECKING:
@@ -136,6 +136,7 @@ def replacement(work: Work, *, apart: bool, occupied: bool) -> sql.Composed:
     stored = [part.column for part in definition.parts]
     derived = [measure for measure in definition.measures if measure.value]
     columns = [*stored, *(measure.name for measure in derived)]
+    kept = list(values.compared(definition, places, stored=True))
     source, time = built_from(definition, grain, places)
     read = session.statement(
         "rollup.read_ranges" if apart else "rollup.read_range",
@@ -158,14 +159,16 @@ def replacement(work: Work, *, apart: bool, occupied: bool) -> sql.Composed:
         derivations=sql.Composed([sql.SQL(", {}").format(values.shown(measure, places)) for measure in derived]),
         row=quoted(ROW_COLUMN),
         rows=quoted(ROWS_COLUMN),
+        number=quoted(NUMBER_COLUMN),
         events=quoted(definition.events or ROWS_COLUMN),
         key=names(definition.key),
         order=COMMA.join(_order(places, column) for column in definition.key),
         assignments=COMMA.join(
             sql.SQL("{} = {}").format(quoted(column), quoted("excluded", column)) for column in columns
         ),
-        kept=COMMA.join(values.compared(definition, places, "kept")),
-        excluded=COMMA.join(values.compared(definition, places, "excluded")),
+        kept=COMMA.join(kept),
+        computed=COMMA.join(values.compared(definition, places, stored=False)),
+        compared=names(f"{VALUE_COLUMN}_{number}" for number, _ in enumerate(kept, start=1)),
         marks=sql.Composed([_mark(session, parent) for parent in definition.coarser(grain.name)]),
     )
 

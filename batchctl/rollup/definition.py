@@ -19,11 +19,20 @@ if TYPE_CHECKING:
 LONGEST_NAME = 63
 """PostgreSQL cuts longer names without a word (bytes)."""
 
-ROWS_COLUMN = "batchctl_rows"
-"""Carries the number of rows read through a refresh; never stored."""
+OWN = "batchctl_"
+"""Begins the names of what only a statement of ours has."""
 
-ROW_COLUMN = "batchctl_row"
-"""Tells a stored row from a computed one in a refresh; never stored."""
+ROWS_COLUMN = f"{OWN}rows"
+"""Carries the number of rows read through a refresh."""
+
+ROW_COLUMN = f"{OWN}row"
+"""Tells where a row is stored."""
+
+NUMBER_COLUMN = f"{OWN}number"
+"""Counts the rows that were computed."""
+
+VALUE_COLUMN = f"{OWN}value"
+"""Carries what is compared of a row, with a number for each."""
 
 NEXT = "~next"
 """Ends the name of a version that is built beside the one in use; no configured name holds a tilde."""
@@ -31,7 +40,7 @@ NEXT = "~next"
 CAPTURE = "capture"
 """Says in a description how changes are noticed, if that is not by triggers."""
 
-RESERVED = frozenset({"bucket", ROWS_COLUMN, ROW_COLUMN, "ctid", "xmin", "cmin", "xmax", "cmax", "tableoid"})
+RESERVED = frozenset({"bucket", "ctid", "xmin", "cmin", "xmax", "cmax", "tableoid"})
 
 
 class Table(NamedTuple):
@@ -282,7 +291,7 @@ def _check_columns(definition: Definition, place: str) -> None:
             raise ConfigurationError(
                 f"{place}.{key}: {owner} needs the column {column!r}, which is {owners[column]}; expected another name"
             )
-        if column in RESERVED:
+        if column in RESERVED or column.startswith(OWN):
             raise ConfigurationError(f"{place}.{key}: found {column!r}, a reserved name; expected another name")
         if not column or len(column.encode()) > LONGEST_NAME:
             raise ConfigurationError(

@@ -43,15 +43,19 @@ def shown(measure: Measure, places: Places) -> sql.Composed:
     )
 
 
-def compared(definition: Definition, places: Places, row: str) -> Iterator[sql.Composable]:
-    """List what tells two rows apart."""
+def compared(definition: Definition, places: Places, *, stored: bool) -> Iterator[sql.Composable]:
+    """List what tells two rows of a group apart.
+
+    Args:
+        definition: The rollup.
+        places: Its tables.
+        stored: True for rows of its table, False for rows that were just computed.
+    """
     for measure in definition.measures:
         for part in measure.parts:
-            yield literally(part.form.compared).format(
-                column=quoted(row, part.column), extension=_schema(measure, places)
-            )
+            yield literally(part.form.compared).format(column=quoted(part.column), extension=_schema(measure, places))
         if measure.value:
-            yield quoted(row, measure.name)
+            yield quoted(measure.name) if stored else shown(measure, places)
 
 
 def every_part(definition: Definition, places: Places, *, finest: bool) -> Iterator[sql.Composed]:

@@ -414,25 +414,32 @@ CROSS JOIN LATERAL (
 
 -- name: refresh
 -- Replaces buckets: writes the rows that differ, deletes the groups that are gone, marks the parents of both.
--- Grouping both sides finds what is gone, because it takes NULL for equal to NULL and can still hash.
-WITH fresh ({columns}, {rows}) AS MATERIALIZED (
-    {read}
-), written AS (
-    INSERT INTO {target} AS kept ({columns}{derived})
-    SELECT {columns}{derivations} FROM fresh ORDER BY {order}
-    ON CONFLICT ON CONSTRAINT {constraint} DO UPDATE SET {assignments}
-    WHERE ROW({kept}) IS DISTINCT FROM ROW({excluded})
-    RETURNING kept.bucket
-), gone AS MATERIALIZED (
-    SELECT min({row}) AS {row}
+-- One hash table over both sides finds what either has alone; it takes NULL for equal to NULL, and what stays as it is
+-- needs no look into the index and no lock. CASE keeps the planner from joining `fresh` with `differing`: it cannot know
+-- how many rows those have, and might compare each with each.
+WITH fresh ({columns}, {rows}, {number}) AS MATERIALIZED (
+    SELECT batchctl_read.*, row_number() OVER () FROM (
+        {read}
+    ) AS batchctl_read
+), differing AS MATERIALIZED (
+    SELECT {key}, min({row}) AS {row}, min({number}) AS {number}
     FROM (
-        SELECT {key}, ctid AS {row} FROM {target}
+        SELECT {key}, {kept}, ctid, NULL::bigint FROM {target} AS kept
         WHERE bucket = ANY (ARRAY(SELECT to_timestamp(second) FROM unnest(%(buckets)s::bigint[]) AS second))
         UNION ALL
-        SELECT {key}, NULL FROM fresh
-    ) AS both_sides
-    GROUP BY {key}
-    HAVING count(*) = count({row})
+        SELECT {key}, {computed}, NULL, {number} FROM fresh
+    ) AS both_sides ({key}, {compared}, {row}, {number})
+    GROUP BY {key}, {compared}
+    HAVING count(*) = 1
+), written AS (
+    INSERT INTO {target} AS kept ({columns}{derived})
+    SELECT {columns}{derivations} FROM fresh
+    WHERE CASE WHEN {number} IN (SELECT {number} FROM differing WHERE {number} IS NOT NULL) THEN true END
+    ORDER BY {order}
+    ON CONFLICT ON CONSTRAINT {constraint} DO UPDATE SET {assignments}
+    RETURNING kept.bucket
+), gone AS (
+    SELECT min({row}) AS {row} FROM differing GROUP BY {key} HAVING count({number}) = 0
 ), removed AS (
     DELETE FROM {target} WHERE ctid = ANY (ARRAY(SELECT {row} FROM gone)) RETURNING bucket
 ), changed AS (
