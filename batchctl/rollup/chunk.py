@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from batchctl.errors import BatchctlError, DatabaseUnavailableError
 from batchctl.rollup import compose
+from batchctl.rollup.queue import Bucket
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -46,43 +47,49 @@ def refresh_chunk(work: Work, span: Range, clock: Clock, log: Logger, *, hold: s
         log: Takes the lines.
         hold: How the job is locked: `join_holder` for a session that works for the holder.
     """
-    attempt = Attempt(work, span, clock, log)
+    attempt = Attempt(work, clock, log)
     try:
         with work.session.transaction():
             if not work.hold(hold):
                 return None
-            attempt.compute()
+            attempt.take(span)
     except BatchctlError as error:
         return attempt.failed(error)
     return attempt.succeeded()
 
 
 class Attempt:
-    """One attempt to recompute a range of buckets, in a transaction that holds the job.
+    """One attempt to recompute buckets, in a transaction that holds the job.
+
+    First they leave the queue, then the source is read, in two statements: the second sees at least what the first saw.
+    A writer that commits in between leaves a note, which the first did not see; its bucket is computed again.
 
     Args:
         work: The grain.
-        span: The range.
         clock: Measures the duration.
         log: Takes the lines.
     """
 
-    def __init__(self, work: Work, span: Range, clock: Clock, log: Logger) -> None:
-        self._work, self._span, self._clock, self._log = work, span, clock, log
+    def __init__(self, work: Work, clock: Clock, log: Logger) -> None:
+        self._work, self._clock, self._log = work, clock, log
         self._at, self._begun = clock.now(), clock.monotonic()
         self._chunk = Chunk(())
 
-    def compute(self) -> None:
-        """Take the buckets out of the queue and replace them.
+    def take(self, span: Range) -> None:
+        """Take the buckets of a range out of the queue and replace them."""
+        taken = self._work.compute("take", low=span.low, high=span.high, definition=self._work.described)
+        if taken:
+            self.replace([Bucket(row.start, row.end, row.shown) for row in taken], occupied=taken[0].occupied)
 
-        First the queue, then the source, in two statements: the second sees at least what the first saw. A writer that
-        commits in between leaves a note, which the first did not see; its bucket is computed again.
+    def replace(self, taken: Sequence[Bucket], *, occupied: bool) -> None:
+        """Replace buckets that are not in the queue.
+
+        Args:
+            taken: The buckets, in order.
+            occupied: True if the table holds rows between the first of them and the last.
         """
-        taken = self._work.compute("take", low=self._span.low, high=self._span.high, definition=self._work.described)
-        if not taken:
-            return
-        self._chunk = Chunk(tuple((row.start, row.shown) for row in taken))
-        done = _replace(self._work, taken)
+        self._chunk = Chunk(tuple((bucket.start, bucket.shown) for bucket in taken))
+        done = _replace(self._work, taken, occupied=occupied)
         counts = {key: getattr(done, key) for key in ("source_rows", "events", "rows_written", "rows_deleted")}
         self._chunk = replace(self._chunk, duration_seconds=since(self._begun, self._clock), **counts)
 
@@ -104,9 +111,9 @@ def since(begun: float, clock: Clock) -> float:
     return round(clock.monotonic() - begun, 3)
 
 
-def _replace(work: Work, taken: Sequence[Any]) -> Any:
+def _replace(work: Work, taken: Sequence[Bucket], *, occupied: bool) -> Any:
     ranges = _ranges(taken)
-    statement = compose.replacement(work, apart=len(ranges) > 1, occupied=taken[0].occupied)
+    statement = compose.replacement(work, ranges=len(ranges), buckets=len(taken), occupied=occupied)
     limits = (
         {"lows": [low for low, _ in ranges], "highs": [high for _, high in ranges]}
         if len(ranges) > 1
@@ -140,7 +147,7 @@ def _log_chunk(log: Logger, grain: str, chunk: Chunk, at: datetime) -> None:
     log.info("%s aggregation completed: %d rows in %.2fs", grain, chunk.rows_written, chunk.duration_seconds)
 
 
-def _ranges(taken: Iterable[Any]) -> list[tuple[int, int]]:
+def _ranges(taken: Iterable[Bucket]) -> list[tuple[int, int]]:
     """Join neighbouring buckets, given in order, to half-open ranges."""
     ranges: list[tuple[int, int]] = []
     for bucket in taken:

@@ -103,10 +103,15 @@ def open_bucket(session: Session, definition: Definition, grain: Grain) -> sql.C
     return bucket_of(session, grain, sql.SQL("now() - interval {}").format(settle))
 
 
-def floor(definition: Definition, grain: Grain) -> sql.Composable:
-    """Write the instant before which no bucket may be computed anew, because its source rows may be gone."""
+def has_floor(definition: Definition, grain: Grain) -> bool:
+    """Tell whether a grain has buckets that may not be computed anew, because their source rows may be gone."""
     # A coarser grain is built from a table of ours, whose rows stay.
-    if definition.finer(grain.name) is None and definition.retention_seconds:
+    return definition.finer(grain.name) is None and definition.retention_seconds > 0
+
+
+def floor(definition: Definition, grain: Grain) -> sql.Composable:
+    """Write the instant before which that is so."""
+    if has_floor(definition, grain):
         return sql.SQL("(now() - interval {})").format(text(f"{definition.retention_seconds} seconds"))
     return sql.SQL("'-infinity'::timestamptz")
 
@@ -120,12 +125,13 @@ def _width(grain: Grain) -> sql.Composed:
     return sql.SQL("interval {}").format(sql.Literal(f"{grain.seconds} seconds"))
 
 
-def replacement(work: Work, *, apart: bool, occupied: bool) -> sql.Composed:
+def replacement(work: Work, *, ranges: int, buckets: int, occupied: bool) -> sql.Composed:
     """Compose the statement that replaces the buckets of a chunk.
 
     Args:
         work: The grain whose table is written.
-        apart: True if the buckets are not all neighbours of each other.
+        ranges: How many ranges of neighbouring buckets there are.
+        buckets: How many buckets.
         occupied: True if the table holds rows between the first of the buckets and the last.
     """
     from batchctl.rollup import values  # noqa: PLC0415 - which is made of the pieces below
@@ -138,15 +144,19 @@ def replacement(work: Work, *, apart: bool, occupied: bool) -> sql.Composed:
     columns = [*stored, *(measure.name for measure in derived)]
     kept = list(values.compared(definition, places, stored=True))
     source, time = built_from(definition, grain, places)
+    apart = ranges > 1
+    # A range that is one bucket need not ask each row for its bucket.
+    bucket = _low(apart=apart) if ranges == buckets else bucket_of(session, grain, time)
+    grouped = range(2 if ranges == buckets else 1, len(definition.key) + 1)
     read = session.statement(
         "rollup.read_ranges" if apart else "rollup.read_range",
-        bucket=bucket_of(session, grain, time),
+        bucket=bucket,
         source=source,
         time=time,
         dimensions=sql.Composed([sql.SQL(", {}").format(quoted(name)) for name in definition.dimensions]),
         values=COMMA.join(values.every_part(definition, places, finest=finest)),
         # By number, because a name would mean a column of the source before one of ours.
-        positions=COMMA.join(sql.Literal(number) for number, _ in enumerate(definition.key, start=1)),
+        groups=COMMA.join(map(sql.Literal, grouped)) if grouped else sql.SQL("()"),
         where=condition(definition) if finest else sql.SQL(""),
     )
     return session.statement(
@@ -171,6 +181,10 @@ def replacement(work: Work, *, apart: bool, occupied: bool) -> sql.Composed:
         compared=names(f"{VALUE_COLUMN}_{number}" for number, _ in enumerate(kept, start=1)),
         marks=sql.Composed([_mark(session, parent) for parent in definition.coarser(grain.name)]),
     )
+
+
+def _low(*, apart: bool) -> sql.SQL:
+    return sql.SQL("to_timestamp(batchctl_range.batchctl_low)" if apart else "to_timestamp(%(low)s)")
 
 
 def _order(places: Places, column: str) -> sql.Composed:

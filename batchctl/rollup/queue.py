@@ -38,11 +38,21 @@ class Range(NamedTuple):
     buckets: int
 
 
+class Bucket(NamedTuple):
+    """A bucket that is no longer in the queue: its start and end as seconds since 1970, and as it is shown."""
+
+    start: int
+    end: int
+    shown: str
+
+
 class Sorted(NamedTuple):
     """What became of notes."""
 
-    waiting: Range | None
-    """All closed buckets that wait, None if that is not known without looking."""
+    taken: tuple[Bucket, ...]
+    """The closed buckets that did not come into the queue, in order; the caller has to compute them."""
+    occupied: bool
+    """True if the table holds anything between them."""
     late: Late
     """Changes of buckets that are never computed anew."""
 
@@ -124,7 +134,7 @@ def queue_range(work: Work, start: datetime, end: datetime) -> int:
     return buckets
 
 
-def sort_in(work: Work, held: Any, look: Look) -> Sorted:
+def sort_in(work: Work, held: Any, look: Look, at_once: int) -> Sorted:
     """Turn the notes that were not seen before into entries of the queue, in the transaction that holds the job.
 
     Notes of buckets below the rollup's `source_retention` are dropped. Those of which the source still holds rows, so
@@ -134,19 +144,35 @@ def sort_in(work: Work, held: Any, look: Look) -> Sorted:
         work: The grain.
         held: The row of the job, as `Work.hold` returns it.
         look: What the tick saw.
+        at_once: If no more closed buckets than these have to be computed in all, they do not come into the queue.
 
     Returns:
-        What waits, as far as that is known without looking, and what was too late.
+        Those buckets, and what was too late.
     """
-    seen = Seen.read(held, look)
-    found = work.run("sort_in", started=look.started, here=look.here, **seen.parameters())[0]
-    # In this order for the reason given in refresh_chunk.
+    has_floor = compose.has_floor(work.definition, work.grain)
+    statement = work.statement(
+        "sort_in",
+        target=work.target,
+        next=compose.next_bucket(work.session, work.grain, compose.quoted("bucket")),
+        expired=work.statement("expired") if has_floor else sql.SQL(""),
+        too_old=work.statement("too_old") if has_floor else sql.SQL("NULL::bigint[]"),
+    )
+    values = {
+        **work.parameters,
+        **Seen.read(held, look).parameters(),
+        "started": look.started,
+        "here": look.here,
+        "definition": work.described,
+        # What waits already comes first.
+        "at_once": 0 if held.queued else at_once,
+    }
+    found = work.session.run(statement, values)[0]
+    # In this order for the reason given in Attempt.
     if found.marked:
         work.compute("queue_target")
     late = _count_late(work, found.too_old) if found.too_old else Late()
-    if found.marked or held.queued or not found.closed:
-        return Sorted(None, late)
-    return Sorted(Range(found.low, found.high, found.closed), late)
+    taken = tuple(map(Bucket, found.starts or (), found.ends or (), found.shown or ()))
+    return Sorted(taken, bool(found.occupied), late)
 
 
 def _count_late(work: Work, too_old: list[int]) -> Late:
@@ -182,7 +208,7 @@ def settle(work: Work, outcome: str, until: float | None) -> int:
         # In two statements, so that the second sees what was done to the queue before the lock was free.
         if work.hold():
             return settle_held(work, outcome, until)
-        work.run("end_unheld", outcome=outcome)
+        work.run("end", outcome=outcome, until=None)
     return waiting(work)
 
 

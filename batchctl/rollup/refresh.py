@@ -116,7 +116,7 @@ def tick(  # noqa: PLR0917 - the first five are what every tick has
     try:
         done = _catch_up(_Call(work, look, deadline, limits, clock, log))
     except ConfigurationError:
-        work.run("end_unheld", outcome="failed")
+        work.run("end", outcome="failed", until=None)
         raise
     detail = None
     if done.outcome == "skipped":
@@ -230,37 +230,36 @@ def _log_late(call: _Call, late: queue.Late) -> None:
 
 
 def _at_once(call: _Call) -> _Progress | queue.Late:
-    """Sort the notes in; and if they are all there is and little, do the whole tick in the same transaction.
+    """Sort the notes in; and if they are all there is and few, do the whole tick in the same transaction.
 
     Returns:
         What the tick came to, or what was too late if more is waiting or it has to be done bucket by bucket.
     """
     work = call.work
-    attempt = None
-    try:
-        with work.session.transaction():
-            held = work.hold()
-            if held is None:
-                return ELSEWHERE
-            found = queue.sort_in(work, held, call.look)
-            if found.waiting and found.waiting.buckets <= min(FIRST_BUCKETS, call.limits.most_buckets):
-                attempt = Attempt(work, found.waiting, call.clock, call.log)
-                attempt.compute()
-                remaining = queue.settle_held(work, "success", call.look.until)
-    except BatchctlError as error:
-        if attempt is None:
-            raise
-        attempt.failed(error)
-        with work.session.transaction():
-            held = work.hold()
-            if held is None:
-                return ELSEWHERE
-            found = queue.sort_in(work, held, call.look)
-        attempt = None
-    _log_late(call, found.late)
-    if attempt is None:
-        return found.late
-    return _Progress("success", None, (attempt.succeeded(),), remaining, found.late.buckets)
+    attempt = Attempt(work, call.clock, call.log)
+    few = min(FIRST_BUCKETS, call.limits.most_buckets)
+    while True:
+        begun = False
+        try:
+            with work.session.transaction():
+                held = work.hold()
+                if held is None:
+                    return ELSEWHERE
+                found = queue.sort_in(work, held, call.look, few)
+                if found.taken:
+                    begun = True
+                    attempt.replace(found.taken, occupied=found.occupied)
+                    work.run("end", outcome="success", until=call.look.until)
+        except BatchctlError as error:
+            if not begun:
+                raise
+            attempt.failed(error)
+            few = 0
+            continue
+        _log_late(call, found.late)
+        if not found.taken:
+            return found.late
+        return _Progress("success", None, (attempt.succeeded(),), remaining=0, ignored=found.late.buckets)
 
 
 def _teller(call: _Call) -> Callable[[Sequence[Chunk]], None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from batchctl.rollup import compose
@@ -49,15 +50,21 @@ class Work:
 
     def run(self, name: str, /, **values: Any) -> list[Any]:
         """Execute a statement of the rollups by its name."""
-        statement = self.session.statement(f"rollup.{name}", **pieces(self.session, self.definition, self.grain))
-        return self.session.run(statement, {**self.parameters, **values})
+        return self.session.run(self.statement(name), {**self.parameters, **values})
+
+    def statement(self, name: str, /, **parts: sql.Composable) -> sql.Composed:
+        """Compose a statement of the rollups by its name, with further pieces."""
+        return self.session.statement(f"rollup.{name}", **self._pieces, **parts)
+
+    @cached_property
+    def _pieces(self) -> dict[str, sql.Composable]:
+        return pieces(self.session, self.definition, self.grain)
 
     def compute(self, name: str, /, **values: Any) -> list[Any]:
         """Execute a statement that reads what the grain is built from, or its table."""
         source, time = compose.built_from(self.definition, self.grain, self.places)
-        statement = self.session.statement(
-            f"rollup.{name}",
-            **pieces(self.session, self.definition, self.grain),
+        statement = self.statement(
+            name,
             target=self.target,
             source=source,
             time=time,

@@ -240,50 +240,76 @@ UPDATE {schema}.rollup SET definition = (definition - 'capture') || {capture}::j
 
 -- name: sort_in
 -- The unseen notes become entries of the queue, one for each bucket, and are seen. All of this is one statement, so the
--- notes that it takes are those that its snapshot shows. Buckets whose source rows may be gone never come into the queue,
--- and leave it if they waited too long.
+-- notes that it takes are those that its snapshot shows. A few closed buckets (`at_once`) do not come into the queue but
+-- are returned, to be computed in the same transaction; not so if the rollup was changed since the tick began, for the
+-- reason given in `take`.
 WITH taken AS (
     DELETE FROM {schema}.dirty_bucket
     WHERE rollup = %(rollup)s AND grain = %(grain)s
         AND (xid >= %(unseen_from)s::xid8 OR xid = ANY (%(late)s::xid8[]))
     RETURNING bucket
-), expired AS (
-    DELETE FROM {schema}.queued_bucket
-    WHERE rollup = %(rollup)s AND grain = %(grain)s
-        AND bucket >= (SELECT queued_from FROM {schema}.state WHERE job = %(job)s) AND bucket < {floor}
-    RETURNING bucket
 ), dirty AS MATERIALIZED (
     SELECT DISTINCT bucket FROM taken
 ), wanted AS MATERIALIZED (
-    SELECT bucket FROM dirty WHERE bucket > '-infinity' AND bucket >= {floor}
-), queued AS (
-    INSERT INTO {schema}.queued_bucket (rollup, grain, bucket)
-    SELECT %(rollup)s, %(grain)s, bucket FROM wanted
-    ON CONFLICT DO NOTHING
+    SELECT bucket, bucket < {open} AS closed FROM dirty WHERE bucket > '-infinity' AND bucket >= {floor}
 ), found AS MATERIALIZED (
     SELECT
+        marked,
+        NOT marked AND count(*) FILTER (WHERE closed) <= %(at_once)s AND EXISTS (
+            SELECT FROM {schema}.rollup
+            WHERE rollup = %(rollup)s AND definition - 'places' = %(definition)s::jsonb
+        ) AS few,
         min(bucket) AS first,
-        max(bucket) FILTER (WHERE bucket < {open}) AS last_closed,
-        count(*) FILTER (WHERE bucket < {open}) AS closed
-    FROM wanted
-)
+        min(bucket) FILTER (WHERE NOT closed) AS first_open,
+        max(bucket) FILTER (WHERE closed) AS last_closed
+    FROM (SELECT EXISTS (SELECT FROM dirty WHERE bucket = '-infinity') AS marked) AS mark
+    LEFT JOIN wanted ON true
+    GROUP BY marked
+), queued AS (
+    INSERT INTO {schema}.queued_bucket (rollup, grain, bucket)
+    SELECT %(rollup)s, %(grain)s, bucket FROM wanted, found WHERE NOT (closed AND few)
+    ON CONFLICT DO NOTHING
+){expired}
 UPDATE {schema}.state AS state
 SET last_started_at = to_timestamp(%(started)s),
     notes_seen = pg_current_snapshot(),
     notes_seen_in = %(here)s,
-    queued_from = least(state.queued_from, found.first)
+    queued_from = least(state.queued_from, CASE WHEN found.few THEN found.first_open ELSE found.first END)
 FROM found
 WHERE state.job = %(job)s
 RETURNING
-    EXISTS (SELECT FROM dirty WHERE bucket = '-infinity') AS marked,
-    found.closed,
-    CASE WHEN found.closed > 0 THEN extract(epoch FROM found.first)::bigint END AS low,
-    CASE WHEN found.closed > 0 THEN extract(epoch FROM found.last_closed)::bigint END AS high,
-    ARRAY(
-        SELECT extract(epoch FROM bucket)::bigint FROM dirty WHERE bucket > '-infinity' AND bucket < {floor}
-        UNION
-        SELECT extract(epoch FROM bucket)::bigint FROM expired
-    ) AS too_old
+    found.marked,
+    CASE WHEN found.few THEN ARRAY(
+        SELECT extract(epoch FROM bucket)::bigint FROM wanted WHERE closed ORDER BY bucket
+    ) END AS starts,
+    CASE WHEN found.few THEN ARRAY(
+        SELECT extract(epoch FROM {next})::bigint FROM wanted WHERE closed ORDER BY bucket
+    ) END AS ends,
+    CASE WHEN found.few THEN ARRAY(
+        SELECT to_char(bucket AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI:SS') FROM wanted WHERE closed ORDER BY bucket
+    ) END AS shown,
+    CASE WHEN found.few THEN (
+        SELECT bucket FROM {target} WHERE bucket >= found.first AND bucket <= found.last_closed ORDER BY bucket LIMIT 1
+    ) IS NOT NULL END AS occupied,
+    {too_old} AS too_old
+
+-- name: expired
+-- Buckets whose source rows may be gone never come into the queue, and leave it if they waited too long: a part of
+-- `sort_in`.
+, expired AS (
+    DELETE FROM {schema}.queued_bucket
+    WHERE rollup = %(rollup)s AND grain = %(grain)s
+        AND bucket >= (SELECT queued_from FROM {schema}.state WHERE job = %(job)s) AND bucket < {floor}
+    RETURNING bucket
+)
+
+-- name: too_old
+-- What they were: a part of `sort_in`.
+ARRAY(
+    SELECT extract(epoch FROM bucket)::bigint FROM dirty WHERE bucket > '-infinity' AND bucket < {floor}
+    UNION
+    SELECT extract(epoch FROM bucket)::bigint FROM expired
+)
 
 -- name: late_by_index
 -- Which buckets the source still holds rows of: the others were purged. One range of an index for each.
@@ -386,18 +412,21 @@ RETURNING (
     WHERE rollup = %(rollup)s AND grain = %(grain)s AND bucket >= queued_from AND bucket < {open}
 ) AS remaining
 
--- name: end_unheld
--- The end of a tick that could not hold the job, or failed before it did: the queue is somebody else's.
-UPDATE {schema}.state SET last_completed_at = clock_timestamp(), last_outcome = %(outcome)s
+-- name: end
+-- The end of a tick that leaves the queue as it is: it put nothing in, or could not hold the job.
+UPDATE {schema}.state
+SET last_completed_at = clock_timestamp(), last_outcome = %(outcome)s,
+    aggregated_until = greatest(aggregated_until, to_timestamp(%(until)s))
 WHERE job = %(job)s
 
 -- name: read_range
--- The groups of neighbouring buckets.
+-- The groups of neighbouring buckets. Without dimensions there would be a row for a bucket of no rows as well.
 SELECT
     {bucket}{dimensions}, {values}, count(*)
 FROM {source}
 WHERE {time} >= to_timestamp(%(low)s) AND {time} < to_timestamp(%(high)s){where}
-GROUP BY {positions}
+GROUP BY {groups}
+HAVING count(*) > 0
 
 -- name: read_ranges
 -- The groups of buckets that lie apart: one range of an index for each stretch of neighbours.
@@ -409,7 +438,8 @@ CROSS JOIN LATERAL (
     FROM {source}
     WHERE {time} >= to_timestamp(batchctl_range.batchctl_low)
         AND {time} < to_timestamp(batchctl_range.batchctl_high){where}
-    GROUP BY {positions}
+    GROUP BY {groups}
+    HAVING count(*) > 0
 ) AS batchctl_group
 
 -- name: refresh
