@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated
 
@@ -61,7 +60,7 @@ def aggregate(
         zone=session.zone,
         clock=session.clock,
         logger=session.logger,
-        connect=functools.partial(_look, session) if dry_run else session.connect,
+        connect=(lambda **_: _look(session)) if dry_run else session.connect,
         journal=lambda: session.journal,
         rebuild=span,
         jobs=jobs,

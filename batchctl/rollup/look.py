@@ -8,7 +8,9 @@ from batchctl.errors import ConfigurationError
 from batchctl.rollup import compose
 from batchctl.rollup.definition import Places, differences, is_switch, next_name
 from batchctl.rollup.work import Work, parameters
-from batchctl.state.database import sql
+from batchctl.state.database import MissingObjectError, sql
+from batchctl.state.migrate import require_schema
+from batchctl.state.sql import LATEST_VERSION
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -26,28 +28,16 @@ class Seen(NamedTuple):
     """Those before it that were in progress."""
 
     @classmethod
-    def read(cls, remembered: Any, look: Any) -> Seen:
-        """Read what a tick remembered, as PostgreSQL writes a snapshot.
-
-        Where transactions are numbered otherwise, in a restored dump for instance, nothing has been seen.
-
-        Args:
-            remembered: Has `notes_seen` and `notes_seen_in`.
-            look: Says in which cluster and database this is (`here`) and which transaction would be the next.
-        """
-        if remembered.notes_seen is None or remembered.notes_seen_in != look.here:
-            return NOTHING_SEEN
-        _, unseen_from, late = remembered.notes_seen.split(":")
-        if int(unseen_from) > int(look.next):
-            return NOTHING_SEEN
+    def read(cls, snapshot: str | None) -> Seen:
+        """Read the snapshot that a tick remembered, as PostgreSQL writes it; None if there is none."""
+        if snapshot is None:
+            return cls(0, ())
+        _, unseen_from, late = snapshot.split(":")
         return cls(int(unseen_from), tuple(map(int, late.split(","))) if late else ())
 
     def parameters(self) -> dict[str, Any]:
         """Return the values as the statements take them."""
         return {"unseen_from": str(self.unseen_from), "late": list(map(str, self.late))}
-
-
-NOTHING_SEEN = Seen(0, ())
 
 
 class Look(NamedTuple):
@@ -65,10 +55,6 @@ class Look(NamedTuple):
     """True if closed buckets wait."""
     seen: str | None
     """The snapshot that shows no note that is not sorted in, None if it may show some."""
-    here: str
-    """The cluster and the database."""
-    next: str
-    """The transaction that would come next."""
     until: float | None
     """How far it looks, as seconds since 1970."""
     newest: float
@@ -79,17 +65,33 @@ def look_at(session: Session, definition: Definition, grain: Grain) -> tuple[Loo
     """Return all that an idle tick needs to know, and the work.
 
     Raises:
+        WrongSchemaError: the schema is older or newer than this program.
         ConfigurationError: the rollup is not migrated, or has changed since.
     """
-    finer = definition.finer(grain.name)
-    rows = session.run(
-        session.statement("rollup.look"),
-        {**parameters(definition, grain), "finer": definition.job(finer.name) if finer else None},
-    )
-    if not rows:
+    try:
+        row = _read(session, definition, grain)
+    except MissingObjectError:
+        row = None
+    if row is None or row.version != LATEST_VERSION:
+        require_schema(session)
+        row = _read(session, definition, grain)
+    if row.definition is None:
         raise ConfigurationError(f"rollup.{definition.name} has no tables yet; run `batchctl migrate`")
-    work = Work(session, definition, grain, _places(session, definition, rows[0].definition))
-    return _look(work, rows[0]), work
+    work = Work(session, definition, grain, _places(session, definition, row.definition), row.here)
+    return _look(work, row), work
+
+
+def _read(session: Session, definition: Definition, grain: Grain) -> Any:
+    finer = definition.finer(grain.name)
+    statement = session.statement(
+        "rollup.look",
+        open=compose.open_bucket(session, definition, grain),
+        seen=session.statement("rollup.seen", here=sql.SQL("here")),
+    )
+    with session.bounded():
+        return session.run(
+            statement, {**parameters(definition, grain), "finer": definition.job(finer.name) if finer else None}
+        )[0]
 
 
 def _places(session: Session, definition: Definition, registered: Mapping[str, Any]) -> Places:
@@ -134,10 +136,9 @@ def _horizon(work: Work, row: Any) -> tuple[float, float | None, float]:
 
 
 def _look(work: Work, row: Any) -> Look:
-    seen = Seen.read(row, row)
+    seen = Seen.read(row.seen)
     now, until, newest = _horizon(work, row)
-    unseen = work.run("unseen", **seen.parameters())[0]
-    noted, closed = unseen.noted, unseen.closed
+    noted, closed = row.noted, row.closed
     if seen.late and not closed:
         late = work.run("unseen_late", **seen.parameters())[0]
         noted, closed = noted or late.noted, late.closed
@@ -149,9 +150,7 @@ def _look(work: Work, row: Any) -> Look:
         history_queued=row.history_queued,
         partitioned=row.partitioned,
         dirty=closed or (row.queued_from is not None and row.queued_from < now),
-        seen=None if noted else unseen.snapshot,
-        here=row.here,
-        next=row.next,
+        seen=None if noted else row.snapshot,
         until=until,
         newest=newest,
     )

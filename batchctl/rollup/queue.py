@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from batchctl.errors import ConfigurationError
 from batchctl.rollup import compose
 from batchctl.rollup.look import Seen
-from batchctl.rollup.work import Work
 from batchctl.state.database import sql
 
 if TYPE_CHECKING:
     from datetime import datetime
 
-    from batchctl.rollup.look import Look
+    from batchctl.rollup.work import Work
 
 
 ROWS_FOR_A_JUMP = 50
@@ -59,7 +59,7 @@ class Sorted(NamedTuple):
 
 def queue_history(work: Work) -> None:
     """Note what was there before the triggers; in one transaction with the flag, so that it happens once."""
-    finest = Work(work.session, work.definition, work.definition.finest, work.places)
+    finest = replace(work, grain=work.definition.finest)
     with work.session.transaction():
         finest.steady(UNLIMITED)
         if finest.run("claim_history"):
@@ -134,7 +134,7 @@ def queue_range(work: Work, start: datetime, end: datetime) -> int:
     return buckets
 
 
-def sort_in(work: Work, held: Any, look: Look, at_once: int) -> Sorted:
+def sort_in(work: Work, held: Any, started: float, at_once: int) -> Sorted:
     """Turn the notes that were not seen before into entries of the queue, in the transaction that holds the job.
 
     Notes of buckets below the rollup's `source_retention` are dropped. Those of which the source still holds rows, so
@@ -143,7 +143,7 @@ def sort_in(work: Work, held: Any, look: Look, at_once: int) -> Sorted:
     Args:
         work: The grain.
         held: The row of the job, as `Work.hold` returns it.
-        look: What the tick saw.
+        started: When the tick began, by the database's clock, as seconds since 1970.
         at_once: If no more closed buckets than these have to be computed in all, they do not come into the queue.
 
     Returns:
@@ -159,9 +159,8 @@ def sort_in(work: Work, held: Any, look: Look, at_once: int) -> Sorted:
     )
     values = {
         **work.parameters,
-        **Seen.read(held, look).parameters(),
-        "started": look.started,
-        "here": look.here,
+        **Seen.read(held.seen).parameters(),
+        "started": started,
         "definition": work.described,
         # What waits already comes first.
         "at_once": 0 if held.queued else at_once,

@@ -111,7 +111,7 @@ def tick(  # noqa: PLR0917 - the first five are what every tick has
         work.run("add_state")
     if look.history_queued and not (_search(look, work, log) or look.dirty):
         log.debug(NOTHING, _named(look.newest))
-        work.run("nothing", started=look.started, until=look.until, seen=look.seen, here=look.here)
+        work.run("nothing", started=look.started, until=look.until, seen=look.seen)
         return GrainResult(definition.name, grain, "empty", duration_seconds=since(begun, clock))
     try:
         done = _catch_up(_Call(work, look, deadline, limits, clock, log))
@@ -245,7 +245,7 @@ def _at_once(call: _Call) -> _Progress | queue.Late:
                 held = work.hold()
                 if held is None:
                     return ELSEWHERE
-                found = queue.sort_in(work, held, call.look, few)
+                found = queue.sort_in(work, held, call.look.started, few)
                 if found.taken:
                     begun = True
                     attempt.replace(found.taken, occupied=found.occupied)

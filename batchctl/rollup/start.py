@@ -16,6 +16,7 @@ from batchctl.logs import elapsed, shown
 from batchctl.rollup.refresh import Limits, rebuild, tick, waiting
 from batchctl.rollup.result import GrainResult
 from batchctl.schedule.cron import inside_hours
+from batchctl.state.migrate import WrongSchemaError
 from batchctl.state.within import within
 
 if TYPE_CHECKING:
@@ -137,17 +138,18 @@ class Aggregate:
             holder = read_holder(path, self.clock, HOLDER_PATIENCE_SECONDS)
             return self._skip(log, definition, grain, "running", self._in_progress(holder))
         with lock:
-            # What is wrong with the database itself concerns every grain, and ends the call.
-            self._connected()
+            session = self._connected().session
             try:
-                return self._locked(log, definition, grain, begun)
-            except DatabaseUnavailableError:
+                return self._locked(session, log, definition, grain, begun)
+            except (DatabaseUnavailableError, WrongSchemaError):
+                # What is wrong with the database itself concerns every grain, and ends the call.
                 raise
             except BatchctlError as error:
                 return self._failed(log, definition, grain, error)
 
-    def _locked(self, log: logging.Logger, definition: Definition, grain: str, begun: float) -> GrainResult:
-        session = self._connected().session
+    def _locked(
+        self, session: Session, log: logging.Logger, definition: Definition, grain: str, begun: float
+    ) -> GrainResult:
         if self.rebuild is not None:
             rebuild(session, definition, grain, self.rebuild.start, self.rebuild.end, log)
         limits = Limits(
@@ -169,7 +171,8 @@ class Aggregate:
 
     def _connected(self) -> Store:
         if self._store is None:
-            self._store = self._open.enter_context(self.connect())
+            # A tick finds out by its first look whether the schema fits; records of the journal do not.
+            self._store = self._open.enter_context(self.connect(known=not self.journal().waits))
         return self._store
 
     @contextmanager

@@ -8,10 +8,11 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from batchctl.rollup import compose
+from batchctl.state.database import sql
 
 if TYPE_CHECKING:
     from batchctl.rollup.definition import Definition, Grain, Places
-    from batchctl.state.database import Session, sql
+    from batchctl.state.database import Session
 
 STATEMENT_TIMEOUT = "10min"
 """A statement of a chunk that takes longer is stuck: chunks are cut to take seconds."""
@@ -27,6 +28,8 @@ class Work:
     definition: Definition
     grain: Grain
     places: Places
+    here: str
+    """The cluster and the database, in which the numbers of transactions mean something."""
 
     @property
     def job(self) -> str:
@@ -41,7 +44,7 @@ class Work:
     @property
     def parameters(self) -> dict[str, Any]:
         """Return the values that the statements share."""
-        return parameters(self.definition, self.grain)
+        return {**parameters(self.definition, self.grain), "here": self.here}
 
     @property
     def described(self) -> str:
@@ -106,6 +109,7 @@ def pieces(session: Session, definition: Definition, grain: Grain) -> dict[str, 
     """Return the pieces of SQL that the statements about a grain share."""
     return {
         "settings": session.statement("rollup.settings"),
+        "seen": session.statement("rollup.seen", here=sql.SQL("%(here)s")),
         "open": compose.open_bucket(session, definition, grain),
         "floor": compose.floor(definition, grain),
     }

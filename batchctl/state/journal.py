@@ -72,6 +72,11 @@ class Journal:
                         found.append(msgspec.json.decode(line, type=Entry))
         return found
 
+    @property
+    def waits(self) -> bool:
+        """Tell whether anything waits to be recorded."""
+        return self.path.exists() or self._replaying.exists()
+
     def replay(self, write: Callable[[str, Mapping[str, Any]], Any]) -> None:
         """Record what is in the journal, and empty it.
 
@@ -82,7 +87,7 @@ class Journal:
             DatabaseUnavailableError: the database was lost again, or another command holds the journal for too long.
             ConfigurationError: the state directory cannot be read or written.
         """
-        if not self.path.exists() and not self._replaying.exists():
+        if not self.waits:
             return
         with self._disk(), self._only_replay():
             # What a crash left half recorded comes before what came later.

@@ -14,6 +14,10 @@ if TYPE_CHECKING:
 VERSION = sql.SQL("SELECT max(version) AS version FROM {schema}.migration")
 
 
+class WrongSchemaError(ConfigurationError):
+    """The schema in the database is not of the version that this program knows."""
+
+
 class Upgraded(NamedTuple):
     """The names of the upgrades that were applied, and the SQL that did it."""
 
@@ -25,7 +29,7 @@ def require_schema(session: Session) -> None:
     """Check that the schema is the one this program knows; make it if there is none.
 
     Raises:
-        ConfigurationError: it is older or newer than this program.
+        WrongSchemaError: it is older or newer than this program.
     """
     try:
         with session.bounded():
@@ -35,7 +39,7 @@ def require_schema(session: Session) -> None:
     if version is None:
         upgrade(session)
     elif version < LATEST_VERSION:
-        raise ConfigurationError(
+        raise WrongSchemaError(
             f"the schema in the database has version {version}, this program needs {LATEST_VERSION}; "
             "run `batchctl migrate`"
         )
@@ -46,7 +50,7 @@ def require_schema(session: Session) -> None:
 def refuse_newer(version: int) -> None:
     """Refuse a schema that a later program has upgraded."""
     if version > LATEST_VERSION:
-        raise ConfigurationError(
+        raise WrongSchemaError(
             f"the schema in the database has version {version}, this program only knows {LATEST_VERSION}; "
             "install the batchctl that ran `batchctl migrate` there"
         )

@@ -254,7 +254,7 @@ def open_store(
         patience: As for `Database.connect`, like the next two.
         limit: The same.
         start_server: The same.
-        known: The schema fitted when this command began; it is not looked at again.
+        known: The schema fitted when this command began, or its first statement shows that; it is not looked at here.
         replay: False to leave the journal alone.
     """
     with database.connect(patience=patience, limit=limit, start_server=start_server) as session:

@@ -106,10 +106,7 @@ def test_what_commits_after_it_was_overtaken_is_seen_and_what_was_seen_is_not_lo
             assert tick(session, DEFINITION, "1m", CLOCK, LOG).buckets == 1
         look, work = look_at(session, DEFINITION, DEFINITION.finest)
         assert not look.dirty
-        row = session.connection.execute(
-            "SELECT notes_seen::text AS notes_seen, notes_seen_in FROM batchctl.state"
-        ).fetchone()
-        seen = Seen.read(row, look)
+        seen = Seen.read(session.connection.execute("SELECT notes_seen::text FROM batchctl.state").fetchone()[0])
         assert len(seen.late) == 1
         assert seen.unseen_from > seen.late[0]
         slow.commit()

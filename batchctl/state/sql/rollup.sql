@@ -4,27 +4,47 @@
 -- gives events to settle.
 
 -- name: look
--- What was migrated, and what is remembered of the job. The numbers of transactions that are remembered mean something
--- in one cluster and database only (`here`). A session's first statement pays for each function that it names.
+-- All that an idle tick needs to know: the version of the schema, what was migrated, what is remembered of the job, and
+-- by an indexed probe whether there are notes of transactions that came after those seen before. A session's first
+-- statement pays for each function that it names. With ORDER BY an index is used whatever the planner takes the table for.
 SELECT
+    (SELECT version FROM {schema}.migration ORDER BY version DESC LIMIT 1) AS version,
     extract(epoch FROM now())::float8 AS started,
     registered.definition,
     registered.history_queued_at IS NOT NULL AS history_queued,
     state.job IS NOT NULL AS known,
     EXISTS (SELECT FROM {schema}.source_partition WHERE rollup = %(rollup)s) AS partitioned,
     coalesce(state.paused, false) AS paused,
-    coalesce(whole.paused, false) AS rollup_paused,
+    coalesce((SELECT paused FROM {schema}.state WHERE job = %(rollup)s), false) AS rollup_paused,
     extract(epoch FROM state.queued_from)::float8 AS queued_from,
-    extract(epoch FROM finer.aggregated_until)::float8 AS finer_until,
-    state.notes_seen::text AS notes_seen,
-    state.notes_seen_in,
-    (SELECT system_identifier FROM pg_control_system())::text || '/' || current_database() AS here,
-    pg_snapshot_xmax(pg_current_snapshot())::text AS next
-FROM {schema}.rollup AS registered
+    (SELECT extract(epoch FROM aggregated_until)::float8 FROM {schema}.state WHERE job = %(finer)s) AS finer_until,
+    here,
+    pg_current_snapshot()::text AS snapshot,
+    seen.snapshot::text AS seen,
+    (
+        SELECT xid FROM {schema}.dirty_bucket
+        WHERE rollup = %(rollup)s AND grain = %(grain)s AND xid >= coalesce(pg_snapshot_xmax(seen.snapshot), '0')
+        ORDER BY rollup, grain, xid LIMIT 1
+    ) IS NOT NULL AS noted,
+    (
+        SELECT xid FROM {schema}.dirty_bucket
+        WHERE rollup = %(rollup)s AND grain = %(grain)s AND xid >= coalesce(pg_snapshot_xmax(seen.snapshot), '0')
+            AND bucket < {open}
+        ORDER BY rollup, grain, xid LIMIT 1
+    ) IS NOT NULL AS closed
+FROM (SELECT (SELECT system_identifier FROM pg_control_system())::text || '/' || current_database() AS here) AS place
+LEFT JOIN {schema}.rollup AS registered ON registered.rollup = %(rollup)s
 LEFT JOIN {schema}.state AS state ON state.job = %(job)s
-LEFT JOIN {schema}.state AS whole ON whole.job = %(rollup)s
-LEFT JOIN {schema}.state AS finer ON finer.job = %(finer)s
-WHERE registered.rollup = %(rollup)s
+CROSS JOIN LATERAL (SELECT {seen} AS snapshot) AS seen
+
+-- name: seen
+-- The snapshot of the last tick that sorted notes in, which shows those that are not unseen: a part of `look` and `hold`.
+-- The numbers of transactions mean something in one cluster and database only (`here`), and in a restored dump they may
+-- be beyond the next one.
+CASE
+    WHEN state.notes_seen_in = {here} AND pg_snapshot_xmax(state.notes_seen) <= pg_snapshot_xmax(pg_current_snapshot())
+        THEN state.notes_seen
+END
 
 -- name: local_horizon
 -- The bucket that is open now, how far a tick looks, and the bucket before: for local days, whose length differs.
@@ -38,21 +58,8 @@ SELECT
 SELECT
     extract(epoch FROM {floor})::float8 AS second, to_char({floor} AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI:SS') AS shown
 
--- name: unseen
--- Whether there are notes of transactions that came after those seen before; an indexed probe.
-SELECT
-    EXISTS (
-        SELECT FROM {schema}.dirty_bucket
-        WHERE rollup = %(rollup)s AND grain = %(grain)s AND xid >= %(unseen_from)s::xid8
-    ) AS noted,
-    EXISTS (
-        SELECT FROM {schema}.dirty_bucket
-        WHERE rollup = %(rollup)s AND grain = %(grain)s AND xid >= %(unseen_from)s::xid8 AND bucket < {open}
-    ) AS closed,
-    pg_current_snapshot()::text AS snapshot
-
 -- name: unseen_late
--- The same for transactions that were in progress when they were last looked for.
+-- Whether there are notes of transactions that were in progress when they were last looked for.
 SELECT
     EXISTS (
         SELECT FROM {schema}.dirty_bucket
@@ -110,8 +117,7 @@ SELECT {settings}
 -- pooler; no row comes back if another session has it.
 SELECT {settings},
     coalesce(state.queued_from < {open}, false) AS queued,
-    state.notes_seen::text AS notes_seen,
-    state.notes_seen_in
+    ({seen})::text AS seen
 FROM {schema}.state AS state
 WHERE state.job = %(job)s
 FOR UPDATE SKIP LOCKED
