@@ -221,45 +221,42 @@ def _catch_up(call: _Call) -> _Progress:
     return replace(progress, ignored=late.buckets)
 
 
-def _log_late(call: _Call, late: queue.Late) -> None:
-    if late.buckets:
-        call.log.warning(
-            "%s: %d buckets older than source_retention changed and are not recomputed: %s .. %s",
-            *(call.work.grain.name, late.buckets, late.first, late.last),
-        )
-
-
 def _at_once(call: _Call) -> _Progress | queue.Late:
     """Sort the notes in; and if they are all there is and few, do the whole tick in the same transaction.
 
     Returns:
         What the tick came to, or what was too late if more is waiting or it has to be done bucket by bucket.
     """
+    attempt = Attempt(call.work, call.clock, call.log)
+    try:
+        found = _sort_in(call, attempt, min(FIRST_BUCKETS, call.limits.most_buckets))
+    except BatchctlError as error:
+        attempt.failed(error)
+        found = _sort_in(call, attempt, 0)
+    if found is None:
+        return ELSEWHERE
+    if found.late.buckets:
+        call.log.warning(
+            "%s: %d buckets older than source_retention changed and are not recomputed: %s .. %s",
+            *(call.work.grain.name, found.late.buckets, found.late.first, found.late.last),
+        )
+    if not found.taken:
+        return found.late
+    return _Progress("success", None, (attempt.succeeded(),), remaining=0, ignored=found.late.buckets)
+
+
+def _sort_in(call: _Call, attempt: Attempt, at_once: int) -> queue.Sorted | None:
+    """Sort the notes in, and attempt what does not come into the queue; None if the job is held elsewhere."""
     work = call.work
-    attempt = Attempt(work, call.clock, call.log)
-    few = min(FIRST_BUCKETS, call.limits.most_buckets)
-    while True:
-        begun = False
-        try:
-            with work.session.transaction():
-                held = work.hold()
-                if held is None:
-                    return ELSEWHERE
-                found = queue.sort_in(work, held, call.look.started, few)
-                if found.taken:
-                    begun = True
-                    attempt.replace(found.taken, occupied=found.occupied)
-                    work.run("end", outcome="success", until=call.look.until)
-        except BatchctlError as error:
-            if not begun:
-                raise
-            attempt.failed(error)
-            few = 0
-            continue
-        _log_late(call, found.late)
-        if not found.taken:
-            return found.late
-        return _Progress("success", None, (attempt.succeeded(),), remaining=0, ignored=found.late.buckets)
+    with work.session.transaction():
+        held = work.hold()
+        if held is None:
+            return None
+        found = queue.sort_in(work, held, call.look.started, at_once)
+        if found.taken:
+            attempt.replace(found.taken, occupied=found.occupied)
+            work.run("end", outcome="success", until=call.look.until)
+    return found
 
 
 def _teller(call: _Call) -> Callable[[Sequence[Chunk]], None]:
