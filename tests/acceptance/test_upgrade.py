@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import psycopg
+import pytest
 from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict
+from rollup_source import CONFIGURATION, PLAIN
 from support import batch
 
 from batchctl.clock import SystemClock
@@ -89,3 +91,39 @@ def test_a_journal_of_the_first_version_is_recorded(batchctl):
     with psycopg.connect(batchctl.url) as connection:
         row = connection.execute("SELECT outcome, exit_code FROM batchctl.step_run").fetchone()
     assert row == ("success", 0)
+
+
+def migrated(batchctl):
+    with psycopg.connect(batchctl.url) as connection:
+        connection.execute(PLAIN)
+    batchctl.configure(CONFIGURATION)
+    batchctl("migrate")
+
+
+@pytest.mark.parametrize("waiting", [False, True], ids=["", "with a journal"])
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("INSERT INTO batchctl.migration (version, name) VALUES (99, 'later')", "this program only knows"),
+        ("DELETE FROM batchctl.migration WHERE version > 2", "has version 2, this program needs"),
+    ],
+    ids=["newer", "older"],
+)
+def test_aggregate_says_once_that_the_schema_is_another(batchctl, change, said, waiting):
+    migrated(batchctl)
+    with psycopg.connect(batchctl.url) as connection:
+        connection.execute(change)
+    clock = SystemClock()
+    journal = Journal(batchctl.directory / "state", Database(conninfo_to_dict(batchctl.url), "batchctl", clock), clock)
+    if waiting:
+        journal.append("skip", {"job": "trend/1m", "reason": "running", "detail": "x", "at": "2026-01-01T00:00:00Z"})
+    done = batchctl("aggregate", code=78)
+    assert done.stderr.count(said) == 1
+    assert len(journal.entries()) == waiting
+
+
+def test_aggregate_makes_a_schema_that_is_gone_and_asks_for_its_tables(batchctl):
+    migrated(batchctl)
+    with psycopg.connect(batchctl.url) as connection:
+        connection.execute("DROP SCHEMA batchctl CASCADE")
+    assert "has no tables yet; run `batchctl migrate`" in batchctl("aggregate", code=78).stderr
