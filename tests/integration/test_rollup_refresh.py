@@ -328,13 +328,33 @@ def test_a_bucket_is_closed_only_when_it_has_settled(session, log):
 def test_an_unchanged_bucket_writes_nothing_and_wakes_no_parent(migrated, log):
     insert(migrated, ("2025-11-13 06:51Z", None, "a", 1), ("2025-11-13 06:51Z", "view", "a", None))
     ticks(migrated, log)
-    before = query(migrated, "SELECT ctid::text, xmin::text FROM agg_1m")
+    # Not even a lock is left on a row.
+    before = query(migrated, "SELECT ctid::text, xmin::text, xmax::text FROM agg_1m")
     execute(migrated, "UPDATE fact_events SET id = DEFAULT")
     results = ticks(migrated, log)
     assert (results[0].outcome, results[0].buckets, results[0].source_rows) == ("success", 1, 2)
     assert (results[0].rows_written, results[0].rows_deleted) == (0, 0)
     assert outcomes(results[1:]) == ["empty", "empty"]
-    assert query(migrated, "SELECT ctid::text, xmin::text FROM agg_1m") == before
+    assert query(migrated, "SELECT ctid::text, xmin::text, xmax::text FROM agg_1m") == before
+
+
+def test_rows_that_differ_are_found_by_a_hash_however_few_the_planner_expects(migrated, log):
+    insert(migrated, ("2025-11-13 06:51Z", "view", "a", 1))
+    ticks(migrated, log)
+    insert(migrated, ("2025-11-13 06:51Z", "view", "b", 1))
+    run, plans = migrated.run, []
+
+    def explain(statement, parameters=None):
+        if "differing AS" in statement.as_string():
+            cursor = psycopg.ClientCursor(migrated.connection)
+            plans.append(query(migrated, f"EXPLAIN {cursor.mogrify(statement, parameters)}"))
+        return run(statement, parameters)
+
+    migrated.run = explain
+    assert ticks(migrated, log)[0].rows_written == 1
+    migrated.run = run
+    assert len(plans) == 3
+    assert all("hashed SubPlan" in str(plan) for plan in plans)
 
 
 def test_a_group_that_vanished_is_deleted_at_every_grain(migrated, log):
