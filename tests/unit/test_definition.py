@@ -142,6 +142,7 @@ def test_how_a_measure_merges_upwards(function, merge):
         {"measures": {"x": "avg(v)", "x_count": "min(v)"}},
         {"measures": {"bucket": "count(*)"}},
         {"dimensions": ("bucket",)},
+        {"measures": {"batchctl_x": "count(*)"}},
         {"dimensions": ("x_sum",), "measures": {"x": "avg(v)"}},
         {"dimensions": ("a", "a")},
         {"dimensions": ("events",)},
