@@ -45,6 +45,10 @@ def migrate(
     drop: Annotated[
         str | None, typer.Option("--drop", metavar="ROLLUP", help="Take a rollup's tables and tracking away again.")
     ] = None,
+    jobs: Annotated[
+        int,
+        typer.Option("--jobs", metavar="N", min=1, max=64, help="Build a changed rollup anew N chunks at a time."),
+    ] = 1,
 ) -> int:
     """Upgrade the schema, make tables and triggers of rollups.
 
@@ -53,6 +57,7 @@ def migrate(
     from batchctl.cli import output, render
     from batchctl.rollup import ddl
     from batchctl.rollup.drop import drop as drop_rollup
+    from batchctl.rollup.refresh import Limits
     from batchctl.state.migrate import upgrade
 
     definitions = session.definitions() if session.configuration.rollups else ()
@@ -72,6 +77,7 @@ def migrate(
                 dry_run=dry_run,
                 logger=session.logger,
                 say=output.line if session.shows_results else lambda _: None,
+                limits=Limits(jobs=jobs, connect=session.database.connect),
             )
             statements, warnings = made.statements, made.warnings
             done = [f"Made the tables and triggers of {name}." for name in made.created]

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from batchctl.errors import BatchctlError
 from batchctl.rollup.steps import LOCK_MILLISECONDS, LOCK_TIMEOUT
 from batchctl.state.database import sql
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
+    from logging import Logger
 
     from batchctl.clock import Clock
+    from batchctl.rollup.refresh import Limits
     from batchctl.rollup.steps import Step
     from batchctl.state.database import Session
 
@@ -19,6 +21,21 @@ PAUSE_SECONDS = 0.8
 PATIENCE_SECONDS = 30.0
 PASSING = {"unfinished"}
 """What a registered definition carries for a while, and what no step expects or forbids."""
+
+
+class Manner(NamedTuple):
+    """How a migration goes about its work."""
+
+    clock: Clock
+    """Waits between attempts."""
+    patience: float
+    """Seconds after which a table that is never free is given up."""
+    logger: Callable[[str], Logger]
+    """Makes the logger of a rollup that is built anew."""
+    say: Callable[[str], None]
+    """Takes a line for somebody who waits."""
+    limits: Limits
+    """How many chunks of new tables are built at a time."""
 
 
 def exclude_others(session: Session) -> None:

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from batchctl.errors import ConfigurationError
 from batchctl.rollup import apply, change, partitions, views
-from batchctl.rollup.apply import PATIENCE_SECONDS
+from batchctl.rollup.apply import PATIENCE_SECONDS, Manner
 from batchctl.rollup.definition import NEXT, Places, Table, differences, is_switch, next_name
 from batchctl.rollup.drop import check_droppable, triggers_of
+from batchctl.rollup.refresh import NO_LIMITS
 from batchctl.rollup.source import find
 from batchctl.rollup.steps import Step, completion, creation, removal, switch, tracking
 from batchctl.rollup.swap import leftover, swap
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
     from batchctl.clock import Clock
     from batchctl.rollup.definition import Definition
+    from batchctl.rollup.refresh import Limits
     from batchctl.rollup.source import Found
     from batchctl.rollup.swap import Change
     from batchctl.state.database import Session
@@ -60,6 +62,7 @@ def migrate(
     patience: float = PATIENCE_SECONDS,
     logger: Callable[[str], logging.Logger] = logging.getLogger,
     say: Callable[[str], None] = lambda _: None,
+    limits: Limits = NO_LIMITS,
 ) -> Migrated:
     """Make what the configured rollups lack; build those anew that have changed, and exchange their tables.
 
@@ -71,6 +74,7 @@ def migrate(
         patience: Seconds after which a source that is never free is given up.
         logger: Makes the logger of a rollup that is built anew.
         say: Takes a line for somebody who waits.
+        limits: How many chunks of new tables are built at a time.
 
     Raises:
         ConfigurationError: a rollup does not fit its source, or its tables are someone else's.
@@ -84,12 +88,13 @@ def migrate(
     _refuse_shared_targets(plans)
     statements = [text for plan in plans for text in _text(session, plan)]
     if not dry_run:
+        manner = Manner(clock, patience, logger, say, limits)
         for plan in plans:
             if plan.change:
                 say(_announced(plan.change))
-            if not _carry_out(session, plan, clock, patience, logger, say):
+            if not _carry_out(session, plan, manner):
                 # Another `migrate` was quicker, perhaps with another configuration, or a partition is new.
-                return migrate(session, definitions, clock, patience=patience, logger=logger, say=say)
+                return migrate(session, definitions, **manner._asdict())
     configured = {definition.name for definition in definitions}
     strangers = [row.rollup for row in registered if row.rollup not in configured and not row.rollup.endswith(NEXT)]
     return Migrated(
@@ -108,22 +113,16 @@ def migrate(
     )
 
 
-def _carry_out(  # noqa: PLR0917 - what migrate has
-    session: Session,
-    plan: _Plan,
-    clock: Clock,
-    patience: float,
-    logger: Callable[[str], logging.Logger],
-    say: Callable[[str], None],
-) -> bool:
+def _carry_out(session: Session, plan: _Plan, manner: Manner) -> bool:
     """Run a plan; False if it has to be made anew."""
+    clock, patience = manner.clock, manner.patience
     if not all(apply.apply(session, step, clock, patience) for step in plan.steps):
         return False
     if plan.change is None:
         return True
     from batchctl.rollup.rebuild import fill  # noqa: PLC0415 - only a change is filled here
 
-    if not fill(session, plan.change, clock, logger(plan.rollup), say):
+    if not fill(session, plan.change, manner):
         return False
     with session.transaction():
         apply.exclude_others(session)
@@ -131,7 +130,7 @@ def _carry_out(  # noqa: PLR0917 - what migrate has
         last = swap(session, now.change) if now.change and not now.steps else None
     if last is None or not apply.apply(session, last, clock, patience):
         return False
-    logger(plan.rollup).info("Rebuilt by its new definition: %s", "; ".join(plan.change.differences))
+    manner.logger(plan.rollup).info("Rebuilt by its new definition: %s", "; ".join(plan.change.differences))
     return all(apply.apply(session, step, clock, patience) for step in change.discard(session, plan.rollup))
 
 

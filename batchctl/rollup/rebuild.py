@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from batchctl.errors import BatchctlError
 from batchctl.rollup.chunk import since
-from batchctl.rollup.refresh import Limits, tick
+from batchctl.rollup.refresh import tick
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-    from logging import Logger
-
-    from batchctl.clock import Clock
+    from batchctl.rollup.apply import Manner
     from batchctl.rollup.result import Advance, GrainResult
     from batchctl.rollup.swap import Change
     from batchctl.state.database import Session
@@ -26,7 +24,7 @@ NEWS_SECONDS = 5.0
 """How often somebody who waits is told how far it is."""
 
 
-def fill(session: Session, change: Change, clock: Clock, log: Logger, say: Callable[[str], None]) -> bool:
+def fill(session: Session, change: Change, manner: Manner) -> bool:
     """Work off the history of a new version, all grains, newest first; False if it was taken away meanwhile.
 
     What was committed stays when this is interrupted, and the next call goes on from there.
@@ -34,18 +32,17 @@ def fill(session: Session, change: Change, clock: Clock, log: Logger, say: Calla
     Args:
         session: An open session, no transaction begun.
         change: The change.
-        clock: Measures durations and waits.
-        log: Takes the lines of the rollup.
-        say: Takes a line for somebody who waits.
+        manner: How; without a deadline.
 
     Raises:
         BatchctlError: a bucket cannot be computed by the new definition.
     """
+    clock = manner.clock
     while True:
         begun = clock.monotonic()
         results = []
         for grain in change.definition.grains:
-            result = _fill_grain(session, change, grain.name, clock, log, say)
+            result = _fill_grain(session, change, grain.name, manner)
             if result is None:
                 return False
             results.append(result)
@@ -61,9 +58,9 @@ def fill(session: Session, change: Change, clock: Clock, log: Logger, say: Calla
             return True
 
 
-def _fill_grain(  # noqa: PLR0917 - what `fill` has
-    session: Session, change: Change, grain: str, clock: Clock, log: Logger, say: Callable[[str], None]
-) -> GrainResult | None:
+def _fill_grain(session: Session, change: Change, grain: str, manner: Manner) -> GrainResult | None:
+    clock, say = manner.clock, manner.say
+    log = manner.logger(change.definition.name)
     told = clock.monotonic()
 
     def progress(advance: Advance) -> None:
@@ -74,7 +71,8 @@ def _fill_grain(  # noqa: PLR0917 - what `fill` has
 
     reason = None
     try:
-        result = tick(session, change.next_definition, grain, clock, log, Limits(math.inf, progress=progress))
+        limits = replace(manner.limits, deadline=math.inf, progress=progress)
+        result = tick(session, change.next_definition, grain, clock, log, limits)
         reason = result.reason if result.outcome == "failed" else None
     except BatchctlError:
         if _stands(session, change):

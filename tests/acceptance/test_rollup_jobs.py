@@ -68,6 +68,27 @@ def test_several_sessions_at_a_time_come_to_what_group_by_says(hosts, database_u
         assert len(differences(connection)) == 2
 
 
+def test_a_changed_rollup_is_built_anew_by_several_sessions(hosts, database_url):
+    finished(hosts[0])
+    changed = CONFIGURATION.replace('weight_max = "max(weight)"', 'weight_max = "max(-weight)"')
+    assert changed != CONFIGURATION
+    hosts[0].configure(changed)
+    with closing(psycopg.connect(database_url, autocommit=True)) as connection:
+        process = hosts[0].start("migrate", "--jobs", "3")
+        most = 0
+        while process.poll() is None:
+            most = max(most, connection.execute(AT_WORK).fetchone()[0])
+        assert process.returncode == 0, process.communicate()
+        process.communicate()
+        assert most > 1
+        finished(hosts[0])
+        connection.execute("UPDATE fact_events SET weight = -weight")
+        for grain in GRAINS:
+            # What is compared knows the measure as it was.
+            connection.execute(f"UPDATE agg_{grain} SET weight_sum = -weight_sum")
+        assert differences(connection) == []
+
+
 def test_a_call_killed_in_the_middle_is_made_good_by_the_next(hosts, database_url):
     with closing(psycopg.connect(database_url, autocommit=True)) as connection:
         process = hosts[0].start("aggregate", "--jobs", "3")
