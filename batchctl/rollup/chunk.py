@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from batchctl.errors import BatchctlError, DatabaseUnavailableError
-from batchctl.rollup import compose
 from batchctl.rollup.queue import Bucket
 
 if TYPE_CHECKING:
@@ -79,17 +78,17 @@ class Attempt:
         """Take the buckets of a range out of the queue and replace them."""
         taken = self._work.compute("take", low=span.low, high=span.high, definition=self._work.described)
         if taken:
-            self.replace([Bucket(row.start, row.end, row.shown) for row in taken], occupied=taken[0].occupied)
+            self.compute([Bucket(row.start, row.end, row.shown) for row in taken], occupied=taken[0].occupied)
 
-    def replace(self, taken: Sequence[Bucket], *, occupied: bool) -> None:
-        """Replace buckets that are not in the queue.
+    def compute(self, taken: Sequence[Bucket], *, occupied: bool) -> None:
+        """Replace buckets that have left the queue, or never came into it.
 
         Args:
             taken: The buckets, in order.
             occupied: True if the table holds rows between the first of them and the last.
         """
         self._chunk = Chunk(tuple((bucket.start, bucket.shown) for bucket in taken))
-        done = _replace(self._work, taken, occupied=occupied)
+        done = _compute(self._work, taken, occupied=occupied)
         counts = {key: getattr(done, key) for key in ("source_rows", "events", "rows_written", "rows_deleted")}
         self._chunk = replace(self._chunk, duration_seconds=since(self._begun, self._clock), **counts)
 
@@ -111,9 +110,11 @@ def since(begun: float, clock: Clock) -> float:
     return round(clock.monotonic() - begun, 3)
 
 
-def _replace(work: Work, taken: Sequence[Bucket], *, occupied: bool) -> Any:
+def _compute(work: Work, taken: Sequence[Bucket], *, occupied: bool) -> Any:
+    from batchctl.rollup import recompute  # noqa: PLC0415 - an idle tick computes nothing
+
     ranges = _ranges(taken)
-    statement = compose.replacement(work, ranges=len(ranges), buckets=len(taken), occupied=occupied)
+    statement = (recompute.replacement if occupied else recompute.filling)(work, ranges=len(ranges), buckets=len(taken))
     limits = (
         {"lows": [low for low, _ in ranges], "highs": [high for _, high in ranges]}
         if len(ranges) > 1

@@ -6,14 +6,13 @@ import hashlib
 import json
 from typing import TYPE_CHECKING
 
-from batchctl.rollup.definition import LONGEST_NAME, NUMBER_COLUMN, ROW_COLUMN, ROWS_COLUMN, VALUE_COLUMN, Table
+from batchctl.rollup.definition import LONGEST_NAME, Table
 from batchctl.state.database import sql
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from batchctl.rollup.definition import Definition, Grain, Places
-    from batchctl.rollup.work import Work
     from batchctl.state.database import Session
 
 COMMA = sql.SQL(", ")
@@ -110,7 +109,7 @@ def has_floor(definition: Definition, grain: Grain) -> bool:
 
 
 def floor(definition: Definition, grain: Grain) -> sql.Composable:
-    """Write the instant before which that is so."""
+    """Write the instant before which no bucket may be computed anew."""
     if has_floor(definition, grain):
         return sql.SQL("(now() - interval {})").format(text(f"{definition.retention_seconds} seconds"))
     return sql.SQL("'-infinity'::timestamptz")
@@ -123,82 +122,6 @@ def text(value: str) -> sql.SQL:
 
 def _width(grain: Grain) -> sql.Composed:
     return sql.SQL("interval {}").format(sql.Literal(f"{grain.seconds} seconds"))
-
-
-def replacement(work: Work, *, ranges: int, buckets: int, occupied: bool) -> sql.Composed:
-    """Compose the statement that replaces the buckets of a chunk.
-
-    Args:
-        work: The grain whose table is written.
-        ranges: How many ranges of neighbouring buckets there are.
-        buckets: How many buckets.
-        occupied: True if the table holds rows between the first of the buckets and the last.
-    """
-    from batchctl.rollup import values  # noqa: PLC0415 - which is made of the pieces below
-
-    session, definition, grain, places = work.session, work.definition, work.grain, work.places
-    target = places.targets[grain.name]
-    finest = definition.finer(grain.name) is None
-    stored = [part.column for part in definition.parts]
-    derived = [measure for measure in definition.measures if measure.value]
-    columns = [*stored, *(measure.name for measure in derived)]
-    kept = list(values.compared(definition, places, stored=True))
-    source, time = built_from(definition, grain, places)
-    apart = ranges > 1
-    # A range that is one bucket need not ask each row for its bucket.
-    bucket = _low(apart=apart) if ranges == buckets else bucket_of(session, grain, time)
-    grouped = range(2 if ranges == buckets else 1, len(definition.key) + 1)
-    read = session.statement(
-        "rollup.read_ranges" if apart else "rollup.read_range",
-        bucket=bucket,
-        source=source,
-        time=time,
-        dimensions=sql.Composed([sql.SQL(", {}").format(quoted(name)) for name in definition.dimensions]),
-        values=COMMA.join(values.every_part(definition, places, finest=finest)),
-        # By number, because a name would mean a column of the source before one of ours.
-        groups=COMMA.join(map(sql.Literal, grouped)) if grouped else sql.SQL("()"),
-        where=condition(definition) if finest else sql.SQL(""),
-    )
-    return session.statement(
-        "rollup.refresh" if occupied else "rollup.fill",
-        read=read,
-        target=quoted(*target),
-        constraint=quoted(constraint_name(target)),
-        columns=names([*definition.key, *stored]),
-        derived=sql.Composed([sql.SQL(", {}").format(quoted(measure.name)) for measure in derived]),
-        derivations=sql.Composed([sql.SQL(", {}").format(values.shown(measure, places)) for measure in derived]),
-        row=quoted(ROW_COLUMN),
-        rows=quoted(ROWS_COLUMN),
-        number=quoted(NUMBER_COLUMN),
-        events=quoted(definition.events or ROWS_COLUMN),
-        key=names(definition.key),
-        order=COMMA.join(_order(places, column) for column in definition.key),
-        assignments=COMMA.join(
-            sql.SQL("{} = {}").format(quoted(column), quoted("excluded", column)) for column in columns
-        ),
-        kept=COMMA.join(kept),
-        computed=COMMA.join(values.compared(definition, places, stored=False)),
-        compared=names(f"{VALUE_COLUMN}_{number}" for number, _ in enumerate(kept, start=1)),
-        marks=sql.Composed([_mark(session, parent) for parent in definition.coarser(grain.name)]),
-    )
-
-
-def _low(*, apart: bool) -> sql.SQL:
-    return sql.SQL("to_timestamp(batchctl_range.batchctl_low)" if apart else "to_timestamp(%(low)s)")
-
-
-def _order(places: Places, column: str) -> sql.Composed:
-    collation = places.collations.get(column, "")
-    return sql.SQL("{}{}").format(quoted(column), sql.SQL(collation))
-
-
-def _mark(session: Session, parent: Grain) -> sql.Composed:
-    return session.statement(
-        "rollup.mark",
-        name=quoted(f"marked_{parent.name}"),
-        grain=text(parent.name),
-        bucket=bucket_of(session, parent, quoted("bucket")),
-    )
 
 
 def dollar_quoted(body: str) -> sql.SQL:

@@ -28,9 +28,6 @@ ROWS_COLUMN = f"{OWN}rows"
 ROW_COLUMN = f"{OWN}row"
 """Tells where a row is stored."""
 
-NUMBER_COLUMN = f"{OWN}number"
-"""Counts the rows that were computed."""
-
 VALUE_COLUMN = f"{OWN}value"
 """Carries what is compared of a row, with a number for each."""
 

@@ -48,8 +48,8 @@ class Form(NamedTuple):
     """In words or in SQL, for people."""
     wide: str = ""
     """From rows of the source where PostgreSQL itself computes in double precision, if that differs."""
-    compared: str = "{column}"
-    """What tells two values apart, by an operator that is there on every search path."""
+    compared: str = ""
+    """What tells two values apart, by an operator that is there on every search path; empty for the column itself."""
 
 
 class Function(NamedTuple):

@@ -50,7 +50,7 @@ class Sorted(NamedTuple):
     """What became of notes."""
 
     taken: tuple[Bucket, ...]
-    """The closed buckets that did not come into the queue, in order; the caller has to compute them."""
+    """The closed buckets that are not in the queue, in order; the caller has to compute them."""
     occupied: bool
     """True if the table holds anything between them."""
     late: Late
@@ -101,7 +101,7 @@ def _is_dense(work: Work) -> bool:
 
 
 def _source_oid(work: Work) -> int:
-    oid: int = work.session.fetch_one("rollup.find_table", table=compose.quoted(*work.places.source).as_string()).oid
+    oid: int = work.session.fetch_one("rollup.find_table", table=sql.Identifier(*work.places.source).as_string()).oid
     return oid
 
 
@@ -144,17 +144,21 @@ def sort_in(work: Work, held: Any, started: float, at_once: int) -> Sorted:
         work: The grain.
         held: The row of the job, as `Work.hold` returns it.
         started: When the tick began, by the database's clock, as seconds since 1970.
-        at_once: If no more closed buckets than these have to be computed in all, they do not come into the queue.
+        at_once: If no more closed buckets than these have to be computed in all, they are not left in the queue.
 
     Returns:
         Those buckets, and what was too late.
     """
     has_floor = compose.has_floor(work.definition, work.grain)
+    empty = sql.SQL("")
     statement = work.statement(
         "sort_in",
         target=work.target,
         next=compose.next_bucket(work.session, work.grain, compose.quoted("bucket")),
-        expired=work.statement("expired") if has_floor else sql.SQL(""),
+        waiting=work.statement("waiting") if held.queued else empty,
+        leaving=work.statement("leaving") if held.queued else empty,
+        rest=work.statement("rest") if held.queued else sql.SQL("queued_from"),
+        expired=work.statement("expired") if has_floor else empty,
         too_old=work.statement("too_old") if has_floor else sql.SQL("NULL::bigint[]"),
     )
     values = {
@@ -162,8 +166,7 @@ def sort_in(work: Work, held: Any, started: float, at_once: int) -> Sorted:
         **Seen.read(held.seen).parameters(),
         "started": started,
         "definition": work.described,
-        # What waits already comes first.
-        "at_once": 0 if held.queued else at_once,
+        "at_once": at_once,
     }
     found = work.session.run(statement, values)[0]
     # In this order for the reason given in Attempt.
@@ -206,15 +209,10 @@ def settle(work: Work, outcome: str, until: float | None) -> int:
     with work.session.transaction():
         # In two statements, so that the second sees what was done to the queue before the lock was free.
         if work.hold():
-            return settle_held(work, outcome, until)
+            remaining: int = work.run("settle", outcome=outcome, until=until)[0].remaining
+            return remaining
         work.run("end", outcome=outcome, until=None)
     return waiting(work)
-
-
-def settle_held(work: Work, outcome: str, until: float | None) -> int:
-    """Do the same in the transaction that holds the job."""
-    remaining: int = work.run("settle", outcome=outcome, until=until)[0].remaining
-    return remaining
 
 
 def waiting(work: Work) -> int:

@@ -254,7 +254,7 @@ def _sort_in(call: _Call, attempt: Attempt, at_once: int) -> queue.Sorted | None
             return None
         found = queue.sort_in(work, held, call.look.started, at_once)
         if found.taken:
-            attempt.replace(found.taken, occupied=found.occupied)
+            attempt.compute(found.taken, occupied=found.occupied)
             work.run("end", outcome="success", until=call.look.until)
     return found
 

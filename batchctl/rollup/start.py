@@ -141,8 +141,12 @@ class Aggregate:
             session = self._connected().session
             try:
                 return self._locked(session, log, definition, grain, begun)
-            except (DatabaseUnavailableError, WrongSchemaError):
-                # What is wrong with the database itself concerns every grain, and ends the call.
+            # What is wrong with the database itself concerns every grain, and ends the call.
+            except DatabaseUnavailableError:
+                raise
+            except WrongSchemaError:
+                # Nothing is recorded there.
+                self._store = None
                 raise
             except BatchctlError as error:
                 return self._failed(log, definition, grain, error)
@@ -172,7 +176,8 @@ class Aggregate:
     def _connected(self) -> Store:
         if self._store is None:
             # A tick finds out by its first look whether the schema fits; records of the journal do not.
-            self._store = self._open.enter_context(self.connect(known=not self.journal().waits))
+            waits = self.journal().waits
+            self._store = self._open.enter_context(self.connect(known=not waits, replay=waits))
         return self._store
 
     @contextmanager

@@ -43,19 +43,11 @@ def shown(measure: Measure, places: Places) -> sql.Composed:
     )
 
 
-def compared(definition: Definition, places: Places, *, stored: bool) -> Iterator[sql.Composable]:
-    """List what tells two rows of a group apart.
-
-    Args:
-        definition: The rollup.
-        places: Its tables.
-        stored: True for rows of its table, False for rows that were just computed.
-    """
-    for measure in definition.measures:
-        for part in measure.parts:
-            yield literally(part.form.compared).format(column=quoted(part.column), extension=_schema(measure, places))
-        if measure.value:
-            yield quoted(measure.name) if stored else shown(measure, places)
+def compared(measure: Measure, part: Part, places: Places) -> sql.Composed | None:
+    """Write what tells two values of a column apart, None for the column itself."""
+    if not part.form.compared:
+        return None
+    return literally(part.form.compared).format(column=quoted(part.column), extension=_schema(measure, places))
 
 
 def every_part(definition: Definition, places: Places, *, finest: bool) -> Iterator[sql.Composed]:

@@ -60,6 +60,12 @@ class Work:
         return self.session.statement(f"rollup.{name}", **self._pieces, **parts)
 
     @cached_property
+    def stored_types(self) -> dict[str, str]:
+        """Return the type of each column of the table, with its collation."""
+        table = sql.Identifier(*self.places.targets[self.grain.name]).as_string()
+        return {row.name: row.type for row in self.session.fetch("rollup.stored_types", table=table)}
+
+    @cached_property
     def _pieces(self) -> dict[str, sql.Composable]:
         return pieces(self.session, self.definition, self.grain)
 

@@ -62,23 +62,40 @@ def pages(session, statement):
     return plan["Shared Hit Blocks"] + plan["Shared Read Blocks"]
 
 
-def probe(session):
-    """Return the probe of an idle tick, with its values filled in."""
+@contextmanager
+def overheard(session):
+    """Collect the statements of a block, with their values filled in."""
     found = []
     run = session.run
 
     def overhear(statement, parameters=None):
-        if "AS noted" in statement.as_string():
-            cursor = psycopg.ClientCursor(session.connection)
-            found.append(cursor.mogrify(statement, parameters))
+        found.append(psycopg.ClientCursor(session.connection).mogrify(statement, parameters))
         return run(statement, parameters)
 
     session.run = overhear
     try:
-        assert tick(session, DEFINITION, "1m", CLOCK, LOG).outcome == "empty"
+        yield found
     finally:
         del session.run
-    return found[0]
+
+
+def probe(session):
+    """Return the probe of an idle tick."""
+    with overheard(session) as statements:
+        assert tick(session, DEFINITION, "1m", CLOCK, LOG).outcome == "empty"
+    return next(statement for statement in statements if "AS noted" in statement)
+
+
+def queue(session):
+    """Return the buckets in the queue, by their distance from now in hours, and from where the job says it begins."""
+    (hours,) = session.connection.execute(
+        "SELECT array_agg(round(extract(epoch FROM bucket - now()) / 3600)::integer ORDER BY bucket) "
+        "FROM batchctl.queued_bucket"
+    ).fetchone()
+    (begins,) = session.connection.execute(
+        "SELECT queued_from IS NOT DISTINCT FROM (SELECT min(bucket) FROM batchctl.queued_bucket) FROM batchctl.state"
+    ).fetchone()
+    return hours, begins
 
 
 def test_a_probe_does_not_look_at_notes_that_an_old_snapshot_keeps(session, database_url):
@@ -114,6 +131,32 @@ def test_what_commits_after_it_was_overtaken_is_seen_and_what_was_seen_is_not_lo
     assert tick(session, DEFINITION, "1m", CLOCK, LOG).outcome == "empty"
     assert session.connection.execute("SELECT sum(events) FROM agg_1m").fetchone()[0] == 4
     assert work.run("remaining")[0].buckets == 0
+
+
+@pytest.mark.parametrize("waiting", [1, 300])
+def test_few_buckets_that_wait_in_the_queue_are_computed_along_with_the_notes(session, waiting):
+    """Where events come all the time, each tick finds the bucket in the queue that was open at the one before."""
+    session.connection.execute(
+        "INSERT INTO fact_events SELECT now() + number * interval '1 minute' + interval '10 hours' "
+        "FROM generate_series(1, %s) AS number",
+        [waiting],
+    )
+    insert(session.connection)
+    assert tick(session, DEFINITION, "1m", CLOCK, LOG).buckets == 1
+    # Some hours later.
+    session.connection.execute("UPDATE batchctl.queued_bucket SET bucket = bucket - interval '20 hours'")
+    session.connection.execute("UPDATE batchctl.state SET queued_from = queued_from - interval '20 hours'")
+    session.connection.execute(
+        "INSERT INTO fact_events VALUES (now() + interval '4 hours'), (now() + interval '2 hours')"
+    )
+    insert(session.connection, "06:52")
+    with overheard(session) as statements:
+        result = tick(session, DEFINITION, "1m", CLOCK, LOG)
+    assert (result.outcome, result.buckets, result.remaining_buckets) == ("success", waiting + 1, 0)
+    transactions = sum("FOR UPDATE SKIP LOCKED" in statement for statement in statements)
+    assert (transactions == 1) == (waiting == 1)
+    assert queue(session) == ([2, 4], True)
+    assert tick(session, DEFINITION, "1m", CLOCK, LOG).outcome == "empty"
 
 
 def test_a_note_of_an_open_bucket_stays_unseen_until_the_bucket_is_closed(session):

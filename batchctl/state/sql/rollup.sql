@@ -5,8 +5,9 @@
 
 -- name: look
 -- All that an idle tick needs to know: the version of the schema, what was migrated, what is remembered of the job, and
--- by an indexed probe whether there are notes of transactions that came after those seen before. A session's first
--- statement pays for each function that it names. With ORDER BY an index is used whatever the planner takes the table for.
+-- by indexed probes whether there are notes of transactions that came after those seen before. A session's first
+-- statement pays for each function that it names. With ORDER BY the index is used also by a planner that takes the table
+-- to be smaller than it is.
 SELECT
     (SELECT version FROM {schema}.migration ORDER BY version DESC LIMIT 1) AS version,
     extract(epoch FROM now())::float8 AS started,
@@ -246,9 +247,9 @@ UPDATE {schema}.rollup SET definition = (definition - 'capture') || {capture}::j
 
 -- name: sort_in
 -- The unseen notes become entries of the queue, one for each bucket, and are seen. All of this is one statement, so the
--- notes that it takes are those that its snapshot shows. A few closed buckets (`at_once`) do not come into the queue but
--- are returned, to be computed in the same transaction; not so if the rollup was changed since the tick began, for the
--- reason given in `take`.
+-- notes that it takes are those that its snapshot shows. If no more closed buckets than `at_once` have to be computed,
+-- they do not come into the queue, or leave it, and are returned, to be computed in the same transaction; not so if the
+-- rollup was changed since the tick began, for the reason given in `take`.
 WITH taken AS (
     DELETE FROM {schema}.dirty_bucket
     WHERE rollup = %(rollup)s AND grain = %(grain)s
@@ -257,7 +258,7 @@ WITH taken AS (
 ), dirty AS MATERIALIZED (
     SELECT DISTINCT bucket FROM taken
 ), wanted AS MATERIALIZED (
-    SELECT bucket, bucket < {open} AS closed FROM dirty WHERE bucket > '-infinity' AND bucket >= {floor}
+    SELECT bucket, bucket < {open} AS closed FROM dirty WHERE bucket > '-infinity' AND bucket >= {floor} {waiting}
 ), found AS MATERIALIZED (
     SELECT
         marked,
@@ -275,12 +276,12 @@ WITH taken AS (
     INSERT INTO {schema}.queued_bucket (rollup, grain, bucket)
     SELECT %(rollup)s, %(grain)s, bucket FROM wanted, found WHERE NOT (closed AND few)
     ON CONFLICT DO NOTHING
-){expired}
+){leaving}{expired}
 UPDATE {schema}.state AS state
 SET last_started_at = to_timestamp(%(started)s),
     notes_seen = pg_current_snapshot(),
     notes_seen_in = %(here)s,
-    queued_from = least(state.queued_from, CASE WHEN found.few THEN found.first_open ELSE found.first END)
+    queued_from = CASE WHEN found.few THEN least({rest}, found.first_open) ELSE least(queued_from, found.first) END
 FROM found
 WHERE state.job = %(job)s
 RETURNING
@@ -298,6 +299,34 @@ RETURNING
         SELECT bucket FROM {target} WHERE bucket >= found.first AND bucket <= found.last_closed ORDER BY bucket LIMIT 1
     ) IS NOT NULL END AS occupied,
     {too_old} AS too_old
+
+-- name: waiting
+-- The closed buckets that are in the queue already, no more than it takes to see that they are not few: a part of
+-- `sort_in`, like the next two, where there are any.
+UNION
+(
+    SELECT bucket, true FROM {schema}.queued_bucket
+    WHERE rollup = %(rollup)s AND grain = %(grain)s
+        AND bucket >= (SELECT queued_from FROM {schema}.state WHERE job = %(job)s)
+        AND bucket >= {floor} AND bucket < {open}
+    ORDER BY bucket LIMIT %(at_once)s + 1
+)
+
+-- name: leaving
+-- They leave it.
+, leaving AS (
+    DELETE FROM {schema}.queued_bucket
+    WHERE rollup = %(rollup)s AND grain = %(grain)s
+        AND bucket = ANY (ARRAY(SELECT bucket FROM wanted, found WHERE closed AND few))
+)
+
+-- name: rest
+-- The first that stays.
+(
+    SELECT bucket FROM {schema}.queued_bucket
+    WHERE rollup = %(rollup)s AND grain = %(grain)s AND bucket >= {open}
+    ORDER BY bucket LIMIT 1
+)
 
 -- name: expired
 -- Buckets whose source rows may be gone never come into the queue, and leave it if they waited too long: a part of
@@ -419,7 +448,7 @@ RETURNING (
 ) AS remaining
 
 -- name: end
--- The end of a tick that leaves the queue as it is: it put nothing in, or could not hold the job.
+-- The end of a tick after which the queue is as it was left by sorting in, or that could not hold the job.
 UPDATE {schema}.state
 SET last_completed_at = clock_timestamp(), last_outcome = %(outcome)s,
     aggregated_until = greatest(aggregated_until, to_timestamp(%(until)s))
@@ -448,34 +477,43 @@ CROSS JOIN LATERAL (
     HAVING count(*) > 0
 ) AS batchctl_group
 
+-- name: stored_types
+-- The types and collations of a table's columns, as the session spells them.
+SELECT
+    attname AS name,
+    format_type(atttypid, atttypmod) || coalesce(CASE WHEN collname IS NOT NULL THEN format(' COLLATE %%I.%%I', nspname, collname) END, '') AS type
+FROM pg_attribute
+LEFT JOIN pg_collation ON pg_collation.oid = attcollation
+LEFT JOIN pg_namespace ON pg_namespace.oid = collnamespace
+WHERE attrelid = to_regclass(%(table)s) AND attnum > 0 AND NOT attisdropped
+
 -- name: refresh
 -- Replaces buckets: writes the rows that differ, deletes the groups that are gone, marks the parents of both.
--- One hash table over both sides finds what either has alone; it takes NULL for equal to NULL, and what stays as it is
--- needs no look into the index and no lock. CASE keeps the planner from joining `fresh` with `differing`: it cannot know
--- how many rows those have, and might compare each with each.
-WITH fresh ({columns}, {rows}, {number}) AS MATERIALIZED (
-    SELECT batchctl_read.*, row_number() OVER () FROM (
-        {read}
-    ) AS batchctl_read
-), differing AS MATERIALIZED (
-    SELECT {key}, min({row}) AS {row}, min({number}) AS {number}
+-- What both sides have is there twice, so grouping by everything finds what one of them has alone. It takes NULL for equal
+-- to NULL, needs no more than one pass over each side whatever the planner expects, and what stays as it is is not even
+-- locked. Both have the types of the table, because those of the source may have been changed since it was made.
+WITH fresh ({columns}, {rows}) AS MATERIALIZED (
+    SELECT {typed}, {rows}
     FROM (
-        SELECT {key}, {kept}, ctid, NULL::bigint FROM {target} AS kept
+        {read}
+    ) AS batchctl_read ({columns}, {rows})
+), differing AS MATERIALIZED (
+    SELECT {found}, min({row}) AS {row}
+    FROM (
+        SELECT {columns}{derived}{kept}, ctid FROM {target}
         WHERE bucket = ANY (ARRAY(SELECT to_timestamp(second) FROM unnest(%(buckets)s::bigint[]) AS second))
         UNION ALL
-        SELECT {key}, {computed}, NULL, {number} FROM fresh
-    ) AS both_sides ({key}, {compared}, {row}, {number})
-    GROUP BY {key}, {compared}
+        SELECT {columns}{derivations}{kept}, NULL FROM fresh
+    ) AS both_sides ({columns}{derived}{compared}, {row})
+    GROUP BY {told_apart}
     HAVING count(*) = 1
 ), written AS (
     INSERT INTO {target} AS kept ({columns}{derived})
-    SELECT {columns}{derivations} FROM fresh
-    WHERE CASE WHEN {number} IN (SELECT {number} FROM differing WHERE {number} IS NOT NULL) THEN true END
-    ORDER BY {order}
+    SELECT {columns}{derived} FROM differing WHERE {row} IS NULL ORDER BY {order}
     ON CONFLICT ON CONSTRAINT {constraint} DO UPDATE SET {assignments}
     RETURNING kept.bucket
 ), gone AS (
-    SELECT min({row}) AS {row} FROM differing GROUP BY {key} HAVING count({number}) = 0
+    SELECT min({row}) AS {row} FROM differing GROUP BY {key} HAVING count(*) = count({row})
 ), removed AS (
     DELETE FROM {target} WHERE ctid = ANY (ARRAY(SELECT {row} FROM gone)) RETURNING bucket
 ), changed AS (
