@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import psycopg
+import pytest
 from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict
 from support import batch
@@ -11,6 +12,8 @@ from batchctl.clock import SystemClock
 from batchctl.state.database import Database
 from batchctl.state.journal import Journal
 from batchctl.state.sql import LATEST_VERSION, migrations
+
+pytestmark = pytest.mark.any_user
 
 
 def earlier(url, version):

@@ -19,7 +19,7 @@ from support import batch
 STARTS = 64
 CONTROL_STARTS, CONTROL_ROUNDS = 16, 3
 
-pytestmark = pytest.mark.crowd
+pytestmark = [pytest.mark.crowd, pytest.mark.any_user]
 
 
 @pytest.fixture
