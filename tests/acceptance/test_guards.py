@@ -49,6 +49,7 @@ def race(processes, *directories):
     return finish(processes)
 
 
+@pytest.mark.any_user
 @pytest.mark.crowd
 @pytest.mark.each_server
 def test_of_32_starts_at_the_same_instant_one_runs(batchctl, server):
