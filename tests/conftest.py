@@ -1,15 +1,17 @@
 """Real PostgreSQL servers and the installed command, for every tier that needs them.
 
-Which tests run where is decided by two marks, so that a new test is never left out by mistake:
+Which tests run where is decided by marks, so that a new test is never left out by mistake:
 
-* Integration tests run on each kind of server, the embedded one and the distribution's. Acceptance tests run on the
-  embedded one, because what they test does not depend on the server's version; those that do what no integration test
-  does to a server (claims, the making of the schema, every statement of a command) are marked `each_server`.
+* Integration tests run on each kind of server, the embedded one and the distribution's, but for those marked
+  `one_server`, which do nothing to it that another does not. Acceptance tests run on the embedded one, because what
+  they test does not depend on the server's version; those that do what no integration test does to a server (claims,
+  the making of the schema, every statement of a command) are marked `each_server`.
 * All tests run as root, and all but those marked `any_user` once more as an ordinary user (`.ci/run`). It marks what
-  cannot depend on who calls: the arithmetic of rollups in a server, what the documentation says.
+  cannot depend on who calls: what is decided, computed and recorded in a database, what is printed, what the
+  documentation says. Not marked is what is about files, modes, owners, processes, signals, cron or the embedded server.
 
-`.ci/run` runs two tests at a time (pytest-xdist). One that starts a crowd of processes is marked `crowd` and has the
-machine to itself, because others measure how long something takes.
+`.ci/run` runs several tests at a time (pytest-xdist). One that starts a crowd of processes is marked `crowd` and has
+the machine to itself, because others measure how long something takes.
 """
 
 from __future__ import annotations
@@ -18,14 +20,15 @@ import fcntl
 import os
 import shutil
 import signal
-import tempfile
 import uuid
+from contextlib import ExitStack, contextmanager
+from functools import cache
 from pathlib import Path
 
 import psycopg
 import pytest
 from psycopg.conninfo import make_conninfo
-from support import Command, skip_or_fail
+from support import Command, short_directory, skip_or_fail
 
 from batchctl.clock import SystemClock
 from batchctl.state.embedded import EmbeddedServer
@@ -66,18 +69,38 @@ def pytest_addoption(parser):
 def pytest_generate_tests(metafunc):
     """Choose the servers of a test, as the docstring of this file says."""
     if "server" in metafunc.fixturenames:
-        acceptance = "acceptance" in Path(metafunc.module.__file__).parts
-        one = acceptance and metafunc.definition.get_closest_marker("each_server") is None
+        if "acceptance" in Path(metafunc.module.__file__).parts:
+            one = metafunc.definition.get_closest_marker("each_server") is None
+        else:
+            one = metafunc.definition.get_closest_marker("one_server") is not None
         metafunc.parametrize("server", SERVERS[:1] if one else SERVERS, indirect=True, scope="session")
 
 
+def pytest_collection_modifyitems(items):
+    """Begin with those that want to be alone: later the others would have to wait for whatever takes longest."""
+    items.sort(key=lambda item: item.get_closest_marker("crowd") is None)
+
+
 @pytest.fixture(scope="session")
-def server(request):
+def servers():
+    """The servers that run, each started when the first test asks for it."""
+    with ExitStack() as stack:
+        yield cache(lambda binaries: stack.enter_context(running_server(binaries)))
+
+
+@pytest.fixture(scope="session")
+def server(request, servers):
     """A running server of each kind; its parameters as libpq keywords."""
     if request.param == "missing":
         skip_or_fail("no PostgreSQL of the distribution in /usr/lib/postgresql")
+    return servers(request.param)
+
+
+@contextmanager
+def running_server(binaries):
+    """Run a server that is thrown away."""
     directory = short_directory()
-    running = EmbeddedServer(directory / "postgresql", SystemClock(), request.param)
+    running = EmbeddedServer(directory / "postgresql", SystemClock(), binaries)
     try:
         running.start()
         with psycopg.connect(**running.connection_parameters(), autocommit=True) as connection:
@@ -92,11 +115,6 @@ def server(request):
     finally:
         running.stop()
         shutil.rmtree(directory)
-
-
-def short_directory() -> Path:
-    """Make a directory whose path is short enough for a socket that other processes are to find."""
-    return Path(tempfile.mkdtemp(prefix="bc-", dir="/tmp"))
 
 
 @pytest.fixture(autouse=True)

@@ -91,7 +91,8 @@ def cron_to_itself():
     SIGTERM unwinds it like Ctrl-C, so that no crontab, daemon or sendmail stays behind.
     """
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    directory = os.open(SPOOL.parent, os.O_RDONLY)
+    # Where there is no cron, its directory's parent is there all the same.
+    directory = os.open(SPOOL.parent if SPOOL.parent.is_dir() else SPOOL.parents[1], os.O_RDONLY)
     try:
         fcntl.flock(directory, fcntl.LOCK_EX)
         yield

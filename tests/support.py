@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -28,6 +30,8 @@ time = "occurred_at"
 [rollup.trend.measures]
 events = "count(*)"
 """
+MEMORY = Path("/dev/shm")
+ROOM = 4 << 30  # bytes, for all servers of all workers; a container has 64 MB
 REQUIRE_ALL = os.environ.get("BATCHCTL_REQUIRE_ALL") == "1"
 
 
@@ -36,6 +40,15 @@ def skip_or_fail(reason: str) -> None:
     if REQUIRE_ALL:
         pytest.fail(f"BATCHCTL_REQUIRE_ALL=1, but {reason}")
     pytest.skip(reason)
+
+
+def short_directory() -> Path:
+    """Make a directory whose path is short enough for a socket that other processes are to find.
+
+    In memory where there is room: a server makes some 300 files for each database, and syncs 40 MB when it is made.
+    """
+    roomy = MEMORY.is_dir() and os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free > ROOM
+    return Path(tempfile.mkdtemp(prefix="bc-", dir=MEMORY if roomy else "/tmp"))
 
 
 def wait_for(condition, seconds=30.0, what="condition"):

@@ -15,6 +15,8 @@ from support import NOWHERE, wait_for
 from batchctl.guard.identity import identify
 from batchctl.guard.lock import Holder, acquire, lock_path
 
+pytestmark = pytest.mark.any_user
+
 TREND = """
 [rollup.trend]
 source = "fact_events"

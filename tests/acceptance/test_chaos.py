@@ -41,7 +41,7 @@ ACCOUNTS, STEPS = ("a", "b"), ("31", "32", "33")
 FAULTS = ("kill batchctl", "kill a step", "kill the server", "stop batchctl")
 EXPECTED_CODES = {0, 1, 3, 69, 75, 128 + signal.SIGTERM}
 LONGEST_ROUND_SECONDS = 90
-ENOUGH_ROUNDS = 30
+ENOUGH_ROUNDS = 20
 """From here on every fault has surely struck a live run, and every guard has refused a start."""
 
 STEP = """\

@@ -112,6 +112,7 @@ def postmaster(directory):
     return int((directory / "state/postgresql/data/postmaster.pid").read_text().split()[0])
 
 
+@pytest.mark.any_user  # .ci/run has an ordinary user run the demo and remove it
 def test_life_of_a_demo(tmp_path):
     with stopped_at_last(tmp_path / "batchctl-demo") as directory:
         began = time.monotonic()

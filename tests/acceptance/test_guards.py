@@ -13,10 +13,10 @@ from pathlib import Path
 
 import psycopg
 import pytest
-from support import NOWHERE, REQUIRE_ALL, batch, skip_or_fail
+from support import NOWHERE, batch, skip_or_fail
 
 STARTS = 32
-ROUNDS = 10 if REQUIRE_ALL else 3
+ROUNDS = 3
 
 
 def one_step(line, options=""):
@@ -49,6 +49,7 @@ def race(processes, *directories):
     return finish(processes)
 
 
+@pytest.mark.any_user
 @pytest.mark.crowd
 @pytest.mark.each_server
 def test_of_32_starts_at_the_same_instant_one_runs(batchctl, server):
@@ -77,6 +78,7 @@ def test_of_32_starts_at_the_same_instant_one_runs(batchctl, server):
             assert count == (STARTS - 1,)
 
 
+@pytest.mark.any_user
 def test_without_the_file_lock_the_same_start_would_run_twice(batchctl, tmp_path_factory):
     """The control: with a lock of its own for each start, only the state table is left, and it names another guard."""
     others = []
@@ -98,6 +100,7 @@ def test_two_groups_at_the_same_instant(batchctl):
     assert (batchctl.directory / "ran").read_text() == "x\n"
 
 
+@pytest.mark.any_user
 @pytest.mark.each_server
 def test_two_state_directories_on_one_database(batchctl, tmp_path_factory):
     other = replace(batchctl, directory=tmp_path_factory.mktemp("other"))
@@ -128,6 +131,7 @@ def test_the_lock_file_removed_while_held(batchctl):
     assert process.returncode == 0
 
 
+@pytest.mark.any_user
 def test_a_database_that_is_down(batchctl):
     batchctl.url = NOWHERE
     batchctl.configure(one_step("touch ran"))
@@ -141,6 +145,7 @@ def test_a_database_that_is_down(batchctl):
     assert not (batchctl.directory / "ran").exists()
 
 
+@pytest.mark.any_user
 def test_a_server_that_accepts_and_never_answers(batchctl):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         batchctl.url = f"postgresql://nobody@127.0.0.1:{silent.getsockname()[1]}/none"
@@ -151,6 +156,7 @@ def test_a_server_that_accepts_and_never_answers(batchctl):
         assert time.monotonic() - began < 10
 
 
+@pytest.mark.any_user
 def test_a_password_is_never_shown(batchctl):
     for url in (
         "postgresql://me:sesame@127.0.0.1:1/none",

@@ -7,7 +7,10 @@ import subprocess
 import sys
 
 import psycopg
+import pytest
 from support import ROLLUP, batch, embedded_connection, wait_for
+
+pytestmark = pytest.mark.any_user
 
 # Runs the program in an interpreter of its own and prints what it has loaded.
 PROBE = """

@@ -12,6 +12,8 @@ import psycopg
 import pytest
 from support import PROGRAM, batch, wait_for
 
+pytestmark = pytest.mark.any_user
+
 GROUPS = batch([("31", "true", 'group = "search"'), ("61", "true", 'group = "upload"')], 'schedule = "0 1 * * *"') + (
     '[batch.daily.group.upload]\nschedule = "0 13 * * *"\n'
     '[rollup.trend]\nsource = "fact_events"\ntime = "occurred_at"\n[rollup.trend.measures]\nevents = "count(*)"\n'

@@ -16,6 +16,7 @@ from batchctl.clock import SystemClock
 from batchctl.state.embedded import EmbeddedServer
 
 
+@pytest.mark.any_user
 def test_a_run_outlives_its_database_and_is_recorded_once(own_server, tmp_path):
     batchctl = Command(tmp_path / "home", make_conninfo(**own_server.connection_parameters()))
     batchctl.directory.mkdir()
@@ -52,6 +53,7 @@ def test_a_run_outlives_its_database_and_is_recorded_once(own_server, tmp_path):
     assert journal.read_text() == ""
 
 
+@pytest.mark.any_user
 def test_a_database_that_hangs_holds_up_neither_a_step_nor_a_skip(own_server, tmp_path):
     batchctl = Command(tmp_path / "home", make_conninfo(**own_server.connection_parameters()))
     batchctl.directory.mkdir()
@@ -94,6 +96,7 @@ def recorded(batchctl):
         return connection.execute("SELECT count(*) FROM batchctl.step_run").fetchone() == (1,)
 
 
+@pytest.mark.any_user
 def test_a_restart_of_the_database_is_not_noticed(own_server, tmp_path):
     batchctl = Command(tmp_path / "home", make_conninfo(**own_server.connection_parameters()))
     batchctl.directory.mkdir()
@@ -117,6 +120,7 @@ def test_the_embedded_server_is_started_again_when_it_was_killed(embedded_batchc
     assert [entry["outcome"] for entry in embedded_batchctl.json("history")["entries"]] == ["success", "success"]
 
 
+@pytest.mark.any_user
 @pytest.mark.each_server
 def test_a_schema_that_does_not_fit_is_refused(batchctl):
     batchctl.configure(batch([("31", "true")]))
@@ -134,6 +138,7 @@ def test_a_schema_that_does_not_fit_is_refused(batchctl):
     assert "run `batchctl migrate`" in done.stderr
 
 
+@pytest.mark.any_user
 @pytest.mark.each_server
 def test_a_role_without_rights_is_told_so(batchctl):
     with psycopg.connect(batchctl.url, autocommit=True) as connection:

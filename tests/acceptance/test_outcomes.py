@@ -26,6 +26,8 @@ from batchctl.guard.identity import identify
 from batchctl.guard.lock import Holder, acquire, lock_path
 from batchctl.state import sql
 
+pytestmark = pytest.mark.any_user
+
 JSON_MD = Path(__file__).resolve().parents[2] / "docs" / "reference" / "json.md"
 NO_DATABASE = {"BATCHCTL_DATABASE_URL": NOWHERE}
 ENDLESS = "echo $$ >step.pid; exec sleep 300"

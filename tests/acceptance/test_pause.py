@@ -10,6 +10,8 @@ import psycopg
 import pytest
 from support import PROGRAM, ROLLUP, batch, wait_for
 
+pytestmark = pytest.mark.any_user
+
 STEPS = batch(
     [("31", "echo x >>search", 'group = "search"'), ("61", "echo x >>upload", 'group = "upload"')],
     'min_gap = "0s"\nschedule = "0 1 * * *"',

@@ -23,19 +23,18 @@ DETACHED = (
 
 
 @pytest.fixture
-def pids(embedded_batchctl):
+def pids(batchctl):
     """Names of files with process ids that must not survive the test."""
     names = []
     yield names
     for name in names:
-        path = embedded_batchctl.directory / name
+        path = batchctl.directory / name
         if path.exists() and not gone(int(path.read_text())):
             os.kill(int(path.read_text()), signal.SIGKILL)
 
 
 @pytest.mark.parametrize("way", ["timeout", "stop"])
-def test_a_timeout_and_a_stop_reach_what_left_the_session(embedded_batchctl, pids, way):
-    batchctl = embedded_batchctl
+def test_a_timeout_and_a_stop_reach_what_left_the_session(batchctl, pids, way):
     pids += ["daemon", "detached"]
     timeout = "2s" if way == "timeout" else "5m"
     # It runs on while the detached one prints its number, so both are there when the time is over.
@@ -57,8 +56,7 @@ def test_a_timeout_and_a_stop_reach_what_left_the_session(embedded_batchctl, pid
     assert list((batchctl.directory / "state" / "run" / "daily").iterdir()) == []
 
 
-def test_what_a_failed_attempt_left_is_ended_before_the_next_step(embedded_batchctl, pids):
-    batchctl = embedded_batchctl
+def test_what_a_failed_attempt_left_is_ended_before_the_next_step(batchctl, pids):
     pids += ["daemon", "detached"]
     looks = (
         "for name in daemon detached; do grep -q 'State:.[^ZX]' /proc/$(cat $name)/status && touch beside; done; true"
@@ -74,8 +72,7 @@ def test_what_a_failed_attempt_left_is_ended_before_the_next_step(embedded_batch
     assert batchctl.json("orphans")["orphans"] == []
 
 
-def test_what_a_successful_step_leaves_is_named_when_it_ends(embedded_batchctl, pids):
-    batchctl = embedded_batchctl
+def test_what_a_successful_step_leaves_is_named_when_it_ends(batchctl, pids):
     pids += ["daemon", "detached"]
     hiding = HIDING.replace("trap", ": trap")
     batchctl.configure(
@@ -94,8 +91,7 @@ def test_what_a_successful_step_leaves_is_named_when_it_ends(embedded_batchctl, 
     assert not gone(detached)
 
 
-def test_a_grandchild_that_holds_the_output_holds_up_nothing(embedded_batchctl, pids):
-    batchctl = embedded_batchctl
+def test_a_grandchild_that_holds_the_output_holds_up_nothing(batchctl, pids):
     pids.append("agent")
     batchctl.configure(batch([("31", "sleep 300 & echo $! >agent; echo done"), ("32", "true")]))
     result = batchctl.json("run-batch")
@@ -105,11 +101,9 @@ def test_a_grandchild_that_holds_the_output_holds_up_nothing(embedded_batchctl, 
     assert batchctl.json("run-batch", "--force-gap", code=75)["reason"] == "orphans"
 
 
-def test_output_over_its_cap_keeps_head_and_tail(embedded_batchctl):
-    embedded_batchctl.configure(
-        batch([("31", "seq 100000"), ("32", r"printf 'a\377%.0s' $(seq 4000)")], 'output_cap = "5kB"')
-    )
-    result = embedded_batchctl.json("run-batch")
+def test_output_over_its_cap_keeps_head_and_tail(batchctl):
+    batchctl.configure(batch([("31", "seq 100000"), ("32", r"printf 'a\377%.0s' $(seq 4000)")], 'output_cap = "5kB"'))
+    result = batchctl.json("run-batch")
     first, second = (Path(step["log"]).read_bytes() for step in result["steps"])
     assert len(first) <= 5000
     assert first.startswith(b"1\n2\n3\n")
@@ -119,8 +113,7 @@ def test_output_over_its_cap_keeps_head_and_tail(embedded_batchctl):
     assert b"a\xffa\xff" in second
 
 
-def test_a_log_that_cannot_be_made_costs_the_output_alone(embedded_batchctl):
-    batchctl = embedded_batchctl
+def test_a_log_that_cannot_be_made_costs_the_output_alone(batchctl):
     planted = "mkdir -p state/log/daily/$BATCHCTL_RUN_ID; touch state/log/daily/$BATCHCTL_RUN_ID/b"
     batchctl.configure(batch([("30", planted), ("31", "touch ran.{account}; echo x")], 'accounts = ["a", "b"]'))
     done = batchctl("run-batch", "--json")
@@ -131,8 +124,7 @@ def test_a_log_that_cannot_be_made_costs_the_output_alone(embedded_batchctl):
     assert "is not a directory" in done.stderr
 
 
-def test_a_step_lock_that_cannot_be_made_fails_that_step_alone(embedded_batchctl):
-    batchctl = embedded_batchctl
+def test_a_step_lock_that_cannot_be_made_fails_that_step_alone(batchctl):
     planted = "touch state/run/daily/$BATCHCTL_RUN_ID/steps/b"
     batchctl.configure(batch([("30", planted), ("31", "touch ran.{account}")], 'accounts = ["a", "b", "c"]'))
     done = batchctl("run-batch", "--json", code=3)
@@ -143,9 +135,8 @@ def test_a_step_lock_that_cannot_be_made_fails_that_step_alone(embedded_batchctl
     assert "is not a directory" in done.stderr
 
 
-def test_a_full_disk_ends_neither_the_run_nor_the_step(embedded_batchctl, tmp_path):
+def test_a_full_disk_ends_neither_the_run_nor_the_step(batchctl, tmp_path):
     """The logs are on a file system of their own that has no room for another file."""
-    batchctl = embedded_batchctl
     if os.geteuid() != 0 or not shutil.which("unshare"):
         pytest.skip("mounting needs root and unshare")
     batchctl.configure(batch([("31", "echo x; touch ran"), ("32", "true")]))
@@ -167,7 +158,7 @@ def test_a_full_disk_ends_neither_the_run_nor_the_step(embedded_batchctl, tmp_pa
 
 
 def test_a_start_from_where_ended_children_are_ignored(embedded_batchctl):
-    """A parent that ignores SIGCHLD leaves that to what it starts; exit codes must be seen all the same."""
+    """A parent that ignores SIGCHLD leaves that to what it starts; exit codes, the server's too, must be seen."""
     embedded_batchctl.configure(batch([("31", "exit 7"), ("32", "true")]))
     process = embedded_batchctl.start(
         "run-batch", "--json", preexec_fn=lambda: signal.signal(signal.SIGCHLD, signal.SIG_IGN)
@@ -176,13 +167,13 @@ def test_a_start_from_where_ended_children_are_ignored(embedded_batchctl):
     assert [step["exit_code"] for step in json.loads(stdout)["steps"]] == [7, 0], stderr
 
 
-def test_a_log_file_that_cannot_be_written_is_said_once_and_changes_nothing(embedded_batchctl):
-    embedded_batchctl.configure(batch([("31", "true"), ("32", "true")]))
-    log = embedded_batchctl.directory / "state" / "log" / "daily.log"
+def test_a_log_file_that_cannot_be_written_is_said_once_and_changes_nothing(batchctl):
+    batchctl.configure(batch([("31", "true"), ("32", "true")]))
+    log = batchctl.directory / "state" / "log" / "daily.log"
     log.parent.mkdir(parents=True, mode=0o700)
     log.parent.parent.chmod(0o700)
     log.mkdir()
-    done = embedded_batchctl("run-batch")
+    done = batchctl("run-batch")
     assert done.stderr == f"batchctl: log {log} cannot be written: Is a directory; its lines are lost\n"
     log.rmdir()
-    assert embedded_batchctl("run-batch", code=75).stderr == "", "the control"
+    assert batchctl("run-batch", code=75).stderr == "", "the control"

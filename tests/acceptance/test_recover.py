@@ -161,6 +161,7 @@ def test_what_a_run_left_that_another_host_closed_is_never_ignored(batchctl, die
     assert [(orphan["pid"], orphan["run_ended"]) for orphan in skipped["orphans"]] == [(pid, False)]
 
 
+@pytest.mark.any_user
 def test_a_run_of_a_host_that_is_gone(batchctl, died, tmp_path_factory):
     run_id, pid = died()
     other = replace(batchctl, directory=tmp_path_factory.mktemp("other"))
@@ -181,6 +182,7 @@ def test_a_run_of_a_host_that_is_gone(batchctl, died, tmp_path_factory):
     assert other.json("run-batch")["outcome"] == "success"
 
 
+@pytest.mark.any_user
 def test_a_claim_that_is_over_needs_no_force(batchctl, died, tmp_path_factory):
     run_id, pid = died()
     os.kill(pid, signal.SIGKILL)
@@ -193,6 +195,7 @@ def test_a_claim_that_is_over_needs_no_force(batchctl, died, tmp_path_factory):
     assert outcome(other, run_id) == "crashed"
 
 
+@pytest.mark.any_user
 def test_an_unknown_run_and_one_that_ended(batchctl):
     batchctl.configure(batch([("31", "true")]))
     run_id = batchctl.json("run-batch")["run_id"]
@@ -201,6 +204,7 @@ def test_an_unknown_run_and_one_that_ended(batchctl):
     assert outcome(batchctl, run_id) == "success"
 
 
+@pytest.mark.any_user
 def test_the_end_that_waits_in_the_journal_is_not_a_crash(batchctl):
     """The database is away when the run ends; recover records the journal first."""
     batchctl.configure(batch([("31", "while ! test -e go; do sleep 0.05; done")]))

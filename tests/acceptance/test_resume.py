@@ -10,6 +10,8 @@ import psycopg
 import pytest
 from support import batch, gone, wait_for
 
+pytestmark = pytest.mark.any_user
+
 MARK = "echo $BATCHCTL_ACCOUNT.$BATCHCTL_STEP.$BATCHCTL_ATTEMPT.$BATCHCTL_RUN_ID >> ran; "
 
 

@@ -13,10 +13,13 @@ from contextlib import closing
 from typing import Self
 
 import psycopg
+import pytest
 from psycopg.conninfo import make_conninfo
 from rollup_source import CONFIGURATION, GRAINS, create_source, differences
 from rollup_writers import CLOCK, Writer
 from support import Command, kill_server
+
+pytestmark = pytest.mark.any_user
 
 SEED = int(os.environ.get("BATCHCTL_TEST_SEED", "0")) or random.SystemRandom().randrange(1, 10**9)
 CRASHES = 4

@@ -39,6 +39,7 @@ def parse(instant):
     return datetime.fromisoformat(instant)
 
 
+@pytest.mark.any_user
 @pytest.mark.each_server
 def test_six_steps_for_two_accounts_in_order(batchctl):
     batchctl.configure(SIX_STEPS)
@@ -78,6 +79,7 @@ def test_without_a_terminal_a_run_and_a_skip_print_nothing(batchctl):
     assert "WARNING | Completed" in batchctl("-v", "run-batch", code=75).stderr
 
 
+@pytest.mark.any_user
 def test_the_log_lines_have_the_promised_shape(batchctl):
     batchctl.configure(SIX_STEPS)
     batchctl("run-batch")
@@ -88,6 +90,7 @@ def test_the_log_lines_have_the_promised_shape(batchctl):
     assert batchctl.log.startswith("[daily] 20")
 
 
+@pytest.mark.any_user
 def test_a_second_start_is_skipped_for_six_hours(batchctl):
     batchctl.configure(SIX_STEPS)
     first = batchctl.json("run-batch")
@@ -99,6 +102,7 @@ def test_a_second_start_is_skipped_for_six_hours(batchctl):
     assert batchctl.json("run-batch", "--force-gap")["outcome"] == "success"
 
 
+@pytest.mark.any_user
 @pytest.mark.each_server
 def test_the_gap_is_measured_by_the_clock_of_the_database(batchctl):
     batchctl.configure(SIX_STEPS)
@@ -108,6 +112,7 @@ def test_the_gap_is_measured_by_the_clock_of_the_database(batchctl):
     assert batchctl.json("run-batch")["outcome"] == "success"
 
 
+@pytest.mark.any_user
 def test_a_failed_step_does_not_stop_the_others(batchctl):
     batchctl.configure(batch([("31", "exit 7"), ("32", "kill -9 $$"), ("33", "true")]))
     result = batchctl.json("run-batch", code=3)
@@ -119,6 +124,7 @@ def test_a_failed_step_does_not_stop_the_others(batchctl):
     ]
 
 
+@pytest.mark.any_user
 def test_a_command_that_does_not_exist_is_a_failed_step(batchctl):
     batchctl.configure(
         '[batch.daily]\n[[batch.daily.step]]\nid = "31"\ncommand = ["./no-such-program"]\n'
@@ -129,6 +135,7 @@ def test_a_command_that_does_not_exist_is_a_failed_step(batchctl):
     assert "cannot start './no-such-program'" in batchctl.log
 
 
+@pytest.mark.any_user
 def test_a_failed_step_is_tried_again(batchctl):
     # The first retry comes after ten seconds: the real delay, once.
     batchctl.configure(batch([("31", "test -e tried || { touch tried; exit 1; }", "retries = 1")]))
@@ -220,6 +227,7 @@ def test_what_a_dead_run_left_is_never_ignored(batchctl):
         os.kill(pid, signal.SIGKILL)
 
 
+@pytest.mark.any_user
 def test_a_crash_keeps_every_from_nothing(batchctl):
     batchctl.configure(batch([("31", "echo $$ > step.pid; exec sleep 300")], 'every = "48h"'))
     process = batchctl.start("run-batch")
@@ -232,6 +240,7 @@ def test_a_crash_keeps_every_from_nothing(batchctl):
     assert batchctl.json("run-batch")["outcome"] == "success"
 
 
+@pytest.mark.any_user
 def test_the_deadline_that_ends_the_retries_ends_the_run(batchctl):
     batchctl.configure(batch([("31", "true"), ("32", "false", "retries = 5")], 'timeout = "2s"'))
     result = batchctl.json("run-batch", code=124)
@@ -320,6 +329,7 @@ def test_nothing_is_left_running_blocks_nothing(batchctl):
     assert list((batchctl.directory / "state" / "run" / "daily").iterdir()) == []
 
 
+@pytest.mark.any_user
 @pytest.mark.each_server
 def test_every_is_measured_from_the_start(batchctl):
     batchctl.configure(batch([("31", "true")], 'min_gap = "0s"\nevery = "30h"'))
@@ -330,6 +340,7 @@ def test_every_is_measured_from_the_start(batchctl):
     assert parse(result["next_eligible_at"]) - parse(first["started_at"]) == timedelta(hours=30, seconds=-60)
 
 
+@pytest.mark.any_user
 def test_a_group_has_its_own_gap_and_the_batch_counts_them_all(batchctl):
     batchctl.configure(SIX_STEPS)
     result = batchctl.json("run-batch", "--group", "upload")
@@ -340,6 +351,7 @@ def test_a_group_has_its_own_gap_and_the_batch_counts_them_all(batchctl):
     assert batchctl.json("run-batch", "--group", "search")["outcome"] == "success"
 
 
+@pytest.mark.any_user
 def test_accounts_side_by_side_and_a_parallel_group(batchctl):
     meet = "touch {account}.{step}; for i in $(seq 100); do test -e {other} && exit 0; sleep 0.1; done; exit 1"
     text = '[batch.daily]\naccounts = ["a", "b"]\nmax_parallel = 2\n'
@@ -353,6 +365,7 @@ def test_accounts_side_by_side_and_a_parallel_group(batchctl):
     assert batchctl.json("run-batch")["outcome"] == "success"
 
 
+@pytest.mark.any_user
 def test_what_is_not_configured_is_wrong_usage(batchctl):
     batchctl.configure(SIX_STEPS)
     for arguments in (["nightly"], ["--step", "99"], ["--group", "x"], ["--account", "x"], ["--no-such-option"]):

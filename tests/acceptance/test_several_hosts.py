@@ -16,6 +16,8 @@ from batchctl.clock import SystemClock
 from batchctl.state.database import Database
 from batchctl.state.journal import Journal
 
+pytestmark = pytest.mark.any_user
+
 # The program with a heart that beats faster, so that a lease of five minutes is one of seconds.
 FAST_HEART = """
 from datetime import timedelta

@@ -73,6 +73,7 @@ def test_stop_after_the_step_lets_it_end(batchctl):
     assert not (batchctl.directory / "never").exists()
 
 
+@pytest.mark.any_user
 def test_stop_after_the_last_step_changes_nothing(batchctl):
     batchctl.configure(batch([("31", "true"), ("32", WAITS)]))
     process = batchctl.start("run-batch", "--json")
@@ -91,6 +92,7 @@ def test_stop_after_the_step_and_then_at_once(batchctl):
     assert ended(process)[:3] == (143, "stopped", ["stopped"])
 
 
+@pytest.mark.any_user
 def test_a_retry_is_not_begun_once_the_run_is_to_stop(batchctl):
     batchctl.configure(batch([("31", "touch started-31; exit 1", "retries = 3")]))
     process = batchctl.start("run-batch", "--json")
@@ -100,6 +102,7 @@ def test_a_retry_is_not_begun_once_the_run_is_to_stop(batchctl):
     assert (code, outcome, steps) == (1, "failed", ["failed"])
 
 
+@pytest.mark.any_user
 @pytest.mark.parametrize(
     ("option", "expected"), [([], "stopped"), (["--now"], "stopped"), (["--after-step"], "success")]
 )
@@ -132,6 +135,7 @@ def test_a_run_can_be_stopped_without_its_database(batchctl):
     batchctl("stop", code=69)
 
 
+@pytest.mark.any_user
 def test_nothing_to_stop(batchctl):
     batchctl.configure(batch([("31", "true")]))
     assert batchctl("stop", "-v").stdout == "No run of daily is in progress.\n"

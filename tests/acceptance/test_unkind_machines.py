@@ -379,6 +379,7 @@ def test_an_orphan_is_found_whatever_the_time_since_boot_seems_to_be(batchctl):
     assert shifted.json("run-batch")["outcome"] == "success"
 
 
+@pytest.mark.any_user
 @pytest.mark.parametrize("days", [-1, 1])
 def test_a_clock_that_is_set_while_a_run_goes_on(batchctl, moved, days):
     command, seconds = moved
@@ -411,6 +412,7 @@ def test_a_clock_that_is_set_while_a_run_goes_on(batchctl, moved, days):
     assert not NEGATIVE.search(batchctl.log), batchctl.log
 
 
+@pytest.mark.any_user
 @pytest.mark.parametrize(
     ("column", "options", "reason", "hours"),
     [("last_completed_at", "", "gap", 6), ("last_started_at", 'min_gap = "0s"\nevery = "8h"', "not_due", 8)],

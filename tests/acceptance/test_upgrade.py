@@ -14,6 +14,8 @@ from batchctl.state.database import Database
 from batchctl.state.journal import Journal
 from batchctl.state.sql import LATEST_VERSION, migrations
 
+pytestmark = pytest.mark.any_user
+
 
 def earlier(url, version):
     """Make the schema as the program that knew this version did."""

@@ -24,6 +24,8 @@ from batchctl.state.journal import Journal
 from batchctl.state.migrate import upgrade
 from batchctl.state.store import Store
 
+pytestmark = pytest.mark.any_user
+
 CLOCK = SystemClock()
 
 

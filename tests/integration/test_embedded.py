@@ -10,7 +10,6 @@ import signal
 import stat
 import subprocess
 import sys
-import tempfile
 import threading
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -19,7 +18,7 @@ from pathlib import Path
 
 import psycopg
 import pytest
-from support import gone, skip_or_fail, wait_for
+from support import gone, short_directory, skip_or_fail, wait_for
 
 from batchctl.clock import SystemClock
 from batchctl.errors import ConfigurationError, DatabaseUnavailableError
@@ -29,7 +28,6 @@ from batchctl.state.embedded import EmbeddedServer
 ROOT = os.geteuid() == 0
 PROJECT = Path(__file__).resolve().parents[2]
 LIMIT = 120  # seconds; nothing here takes more than a few
-ROOM = 1 << 30  # bytes; a container has 64 MB
 OTHER = "nobody"
 DEBIAN = sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres"))
 FIND = find_spec(binaries.PACKAGE)
@@ -136,10 +134,8 @@ def modes(paths):
 
 @contextmanager
 def open_place():
-    """Lend a short directory that other users may enter, in memory where there is room: initdb syncs 40 MB."""
-    memory = Path("/dev/shm")
-    roomy = memory.is_dir() and shutil.disk_usage(memory).free > ROOM
-    directory = Path(tempfile.mkdtemp(prefix="bc-", dir=memory if roomy else "/tmp"))
+    """Lend a short directory that other users may enter."""
+    directory = short_directory()
     directory.chmod(0o755)
     try:
         yield directory

@@ -19,7 +19,8 @@ from support import batch
 STARTS = 64
 CONTROL_STARTS, CONTROL_ROUNDS = 16, 3
 
-pytestmark = pytest.mark.crowd
+# A crowd on the other kind of server is in acceptance/test_guards.py.
+pytestmark = [pytest.mark.crowd, pytest.mark.any_user, pytest.mark.one_server]
 
 
 @pytest.fixture
@@ -58,13 +59,8 @@ def winners(round_):
     return [result for result in round_["results"] if result["outcome"] != "skipped"]
 
 
-@pytest.fixture
-def rounds(request, server):
-    # The guards are the same on every server; one of them sees all rounds.
-    return request.config.getoption("start_rounds") if server._binaries is None else 3
-
-
-def test_of_64_starts_on_two_hosts_one_runs(hosts, rounds):
+def test_of_64_starts_on_two_hosts_one_runs(hosts, request):
+    rounds = request.config.getoption("start_rounds")
     played = play(hosts, rounds)
     reasons = Counter()
     for number, round_ in enumerate(played):

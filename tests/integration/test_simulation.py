@@ -43,7 +43,8 @@ from batchctl.state.host import Host
 from batchctl.state.migrate import upgrade
 from batchctl.state.store import Store
 
-pytestmark = pytest.mark.any_user
+# The claim itself is tested on each server by test_gap_claim.py.
+pytestmark = [pytest.mark.any_user, pytest.mark.one_server]
 
 SEED = int(os.environ.get("BATCHCTL_TEST_SEED", "0")) or random.SystemRandom().randrange(1, 10**9)
 COMBINATIONS = 210
