@@ -9,7 +9,7 @@ from batchctl.rollup import compose
 from batchctl.rollup.definition import Places, differences, is_switch, next_name
 from batchctl.rollup.work import Work, parameters
 from batchctl.state.database import MissingObjectError, sql
-from batchctl.state.migrate import require_schema
+from batchctl.state.migrate import WrongSchemaError, require_schema
 from batchctl.state.sql import LATEST_VERSION
 
 if TYPE_CHECKING:
@@ -69,29 +69,25 @@ def look_at(session: Session, definition: Definition, grain: Grain) -> tuple[Loo
         ConfigurationError: the rollup is not migrated, or has changed since.
     """
     try:
-        row = _read(session, definition, grain)
-    except MissingObjectError:
-        row = None
-    if row is None or row.version != LATEST_VERSION:
+        return _look_at(session, definition, grain)
+    except (MissingObjectError, WrongSchemaError):
+        # Either this makes the schema, or it says what is wrong.
         require_schema(session)
-        row = _read(session, definition, grain)
-    if row.definition is None:
-        raise ConfigurationError(f"rollup.{definition.name} has no tables yet; run `batchctl migrate`")
-    work = Work(session, definition, grain, _places(session, definition, row.definition), row.here)
-    return _look(work, row), work
+    return _look_at(session, definition, grain)
 
 
-def _read(session: Session, definition: Definition, grain: Grain) -> Any:
+def _look_at(session: Session, definition: Definition, grain: Grain) -> tuple[Look, Work]:
     finer = definition.finer(grain.name)
-    statement = session.statement(
-        "rollup.look",
-        open=compose.open_bucket(session, definition, grain),
-        seen=session.statement("rollup.seen", here=sql.SQL("here")),
-    )
+    statement = session.statement("rollup.look", seen=session.statement("rollup.seen", here=sql.SQL("here")))
+    values = {**parameters(definition, grain), "finer": definition.job(finer.name) if finer else None}
     with session.bounded():
-        return session.run(
-            statement, {**parameters(definition, grain), "finer": definition.job(finer.name) if finer else None}
-        )[0]
+        row = session.run(statement, values)[0]
+        if row.version != LATEST_VERSION:
+            raise WrongSchemaError(f"the schema has version {row.version}")
+        if row.definition is None:
+            raise ConfigurationError(f"rollup.{definition.name} has no tables yet; run `batchctl migrate`")
+        work = Work(session, definition, grain, _places(session, definition, row.definition), row.here)
+        return _look(work, row), work
 
 
 def _places(session: Session, definition: Definition, registered: Mapping[str, Any]) -> Places:
@@ -138,7 +134,8 @@ def _horizon(work: Work, row: Any) -> tuple[float, float | None, float]:
 def _look(work: Work, row: Any) -> Look:
     seen = Seen.read(row.seen)
     now, until, newest = _horizon(work, row)
-    noted, closed = row.noted, row.closed
+    unseen = work.run("unseen", **seen.parameters())[0]
+    noted, closed = unseen.noted, unseen.closed
     if seen.late and not closed:
         late = work.run("unseen_late", **seen.parameters())[0]
         noted, closed = noted or late.noted, late.closed
@@ -150,7 +147,7 @@ def _look(work: Work, row: Any) -> Look:
         history_queued=row.history_queued,
         partitioned=row.partitioned,
         dirty=closed or (row.queued_from is not None and row.queued_from < now),
-        seen=None if noted else row.snapshot,
+        seen=None if noted else unseen.snapshot,
         until=until,
         newest=newest,
     )

@@ -4,10 +4,8 @@
 -- gives events to settle.
 
 -- name: look
--- All that an idle tick needs to know: the version of the schema, what was migrated, what is remembered of the job, and
--- by indexed probes whether there are notes of transactions that came after those seen before. A session's first
--- statement pays for each function that it names. With ORDER BY the index is used also by a planner that takes the table
--- to be smaller than it is.
+-- The version of the schema, what was migrated, and what is remembered of the job. A session's first statement pays for
+-- each function that it names.
 SELECT
     (SELECT version FROM {schema}.migration ORDER BY version DESC LIMIT 1) AS version,
     extract(epoch FROM now())::float8 AS started,
@@ -20,23 +18,10 @@ SELECT
     extract(epoch FROM state.queued_from)::float8 AS queued_from,
     (SELECT extract(epoch FROM aggregated_until)::float8 FROM {schema}.state WHERE job = %(finer)s) AS finer_until,
     here,
-    pg_current_snapshot()::text AS snapshot,
-    seen.snapshot::text AS seen,
-    (
-        SELECT xid FROM {schema}.dirty_bucket
-        WHERE rollup = %(rollup)s AND grain = %(grain)s AND xid >= coalesce(pg_snapshot_xmax(seen.snapshot), '0')
-        ORDER BY rollup, grain, xid LIMIT 1
-    ) IS NOT NULL AS noted,
-    (
-        SELECT xid FROM {schema}.dirty_bucket
-        WHERE rollup = %(rollup)s AND grain = %(grain)s AND xid >= coalesce(pg_snapshot_xmax(seen.snapshot), '0')
-            AND bucket < {open}
-        ORDER BY rollup, grain, xid LIMIT 1
-    ) IS NOT NULL AS closed
+    ({seen})::text AS seen
 FROM (SELECT (SELECT system_identifier FROM pg_control_system())::text || '/' || current_database() AS here) AS place
 LEFT JOIN {schema}.rollup AS registered ON registered.rollup = %(rollup)s
 LEFT JOIN {schema}.state AS state ON state.job = %(job)s
-CROSS JOIN LATERAL (SELECT {seen} AS snapshot) AS seen
 
 -- name: seen
 -- The snapshot of the last tick that sorted notes in, which shows those that are not unseen: a part of `look` and `hold`.
@@ -59,8 +44,21 @@ SELECT
 SELECT
     extract(epoch FROM {floor})::float8 AS second, to_char({floor} AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI:SS') AS shown
 
+-- name: unseen
+-- Whether there are notes of transactions that came after those seen before; an indexed probe.
+SELECT
+    EXISTS (
+        SELECT FROM {schema}.dirty_bucket
+        WHERE rollup = %(rollup)s AND grain = %(grain)s AND xid >= %(unseen_from)s::xid8
+    ) AS noted,
+    EXISTS (
+        SELECT FROM {schema}.dirty_bucket
+        WHERE rollup = %(rollup)s AND grain = %(grain)s AND xid >= %(unseen_from)s::xid8 AND bucket < {open}
+    ) AS closed,
+    pg_current_snapshot()::text AS snapshot
+
 -- name: unseen_late
--- Whether there are notes of transactions that were in progress when they were last looked for.
+-- The same for transactions that were in progress when they were last looked for.
 SELECT
     EXISTS (
         SELECT FROM {schema}.dirty_bucket
