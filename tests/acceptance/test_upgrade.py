@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime, timedelta
+
 import psycopg
 import pytest
 from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict
-from rollup_source import CONFIGURATION, PLAIN
+from rollup_source import CONFIGURATION, GRAINS, PLAIN
 from support import batch
 
 from batchctl.clock import SystemClock
@@ -122,6 +124,25 @@ def test_aggregate_says_once_that_the_schema_is_another(batchctl, change, said, 
     done = batchctl("aggregate", code=78)
     assert done.stderr.count(said) == 1
     assert len(journal.entries()) == waiting
+
+
+def test_a_skip_is_kept_for_a_schema_that_fits(batchctl):
+    migrated(batchctl)
+    elsewhere = (datetime.now(UTC) + timedelta(hours=12)).hour
+    another = CONFIGURATION.replace("trend", "another").replace(
+        "settle", f'target = "another_{{grain}}"\nhours = "{elsewhere}"\nsettle'
+    )
+    batchctl.configure(another + CONFIGURATION)
+    batchctl("migrate")
+    with psycopg.connect(batchctl.url, autocommit=True) as connection:
+        connection.execute("INSERT INTO batchctl.migration (version, name) VALUES (99, 'later')")
+        batchctl("aggregate", code=78)
+        assert connection.execute("SELECT count(*) FROM batchctl.skip").fetchone() == (0,)
+        connection.execute("DELETE FROM batchctl.migration WHERE version = 99")
+        batchctl("aggregate")
+        # Once for each of the two calls, in a series of its own for each grain.
+        skips = "SELECT job, count FROM batchctl.skip ORDER BY job"
+        assert connection.execute(skips).fetchall() == [(f"another/{grain}", 2) for grain in sorted(GRAINS)]
 
 
 def test_aggregate_makes_a_schema_that_is_gone_and_asks_for_its_tables(batchctl):
