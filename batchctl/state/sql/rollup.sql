@@ -479,7 +479,8 @@ CROSS JOIN LATERAL (
 -- The types and collations of a table's columns, as the session spells them.
 SELECT
     attname AS name,
-    format_type(atttypid, atttypmod) || coalesce(CASE WHEN collname IS NOT NULL THEN format(' COLLATE %%I.%%I', nspname, collname) END, '') AS type
+    format_type(atttypid, atttypmod)
+        || CASE WHEN collname IS NULL THEN '' ELSE format(' COLLATE %%I.%%I', nspname, collname) END AS type
 FROM pg_attribute
 LEFT JOIN pg_collation ON pg_collation.oid = attcollation
 LEFT JOIN pg_namespace ON pg_namespace.oid = collnamespace
