@@ -82,10 +82,13 @@ def server_processes(data: Path) -> list[int]:
 
 
 def kill_server(data: Path) -> None:
-    """Kill a server and all its sessions at once, as a crash of the machine would."""
-    for pid in server_processes(data):
+    """Kill a server and all its sessions at once, as a crash of the machine would, and wait until they are gone."""
+    pids = server_processes(data)
+    for pid in pids:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
+    # One that is being killed still looks alive, and its socket still takes connections.
+    wait_for(lambda: all(map(gone, pids)), what="the end of a server that was killed")
 
 
 def batch(steps, options="", name="daily"):

@@ -42,7 +42,8 @@ FAULTS = ("kill batchctl", "kill a step", "kill the server", "stop batchctl")
 EXPECTED_CODES = {0, 1, 3, 69, 75, 128 + signal.SIGTERM}
 LONGEST_ROUND_SECONDS = 90
 ENOUGH_ROUNDS = 20
-"""From here on every fault has surely struck a live run, and every guard has refused a start."""
+"""Who plays as many wants to see that every fault strikes a live run, and that every guard refuses a start."""
+EVERYTHING = {"success", "partial", "running", "running_elsewhere", "orphans"}
 
 STEP = """\
 import fcntl, os, sys, time
@@ -354,10 +355,17 @@ def test_nothing_that_is_killed_makes_two_runs_a_lost_completion_or_a_blocked_jo
             assert connection.execute(f"SHOW {setting}").fetchone() == ("on",)
     rounds = request.config.getoption("chaos_rounds")
     play(chaos, rounds)
-    print(f"hit: {dict(chaos.hits)}; came of it: {chaos.results()}")  # noqa: T201 - shown with a failure, or by -s
+
+    def everything():
+        return all(chaos.hits[fault] for fault in FAULTS) and chaos.results().keys() >= EVERYTHING
+
     if rounds >= ENOUGH_ROUNDS:
-        assert all(chaos.hits[fault] for fault in FAULTS)
-        assert {"success", "partial", "running", "running_elsewhere", "orphans"} <= chaos.results().keys()
+        for _ in range(rounds):
+            # Chance owes some of it now and then.
+            if not everything():
+                play(chaos, 1)
+    print(f"hit: {dict(chaos.hits)}; came of it: {chaos.results()}")  # noqa: T201 - shown with a failure, or by -s
+    assert everything() or rounds < ENOUGH_ROUNDS
     assert chaos.overlaps() == []
     assert chaos.losses() == []
     # Whichever host completed last, the gap holds on both.

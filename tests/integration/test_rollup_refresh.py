@@ -448,14 +448,14 @@ def test_the_budget_of_the_rollup_is_the_default(session, log):
     assert tick(session, definition, "1m", SteppingClock(), log, Limits(most_buckets=1)).buckets == 1
 
 
-def test_an_idle_tick_is_recorded_and_says_three_things(migrated, log, caplog):
+def test_an_idle_tick_is_recorded_and_says_four_things(migrated, log, caplog):
     asked = []
     run, migrated.run = migrated.run, lambda *arguments: asked.append(1) or run(*arguments)
     caplog.clear()
     execute(migrated, "UPDATE batchctl.state SET last_completed_at = NULL, last_outcome = NULL")
     result = tick(migrated, define(), "1m", CLOCK, log)
-    # What is remembered, what is new, and the record.
-    assert len(asked) == 3
+    # How long to wait, what is remembered, what is new, and the record.
+    assert len(asked) == 4
     assert result.outcome == "empty"
     assert query(
         migrated,
