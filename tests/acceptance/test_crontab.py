@@ -345,8 +345,9 @@ def test_cron_runs_the_lines_and_the_others_keep_their_environment(tmp_path):
             batchctl("crontab", "remove", "--yes")
             assert spooled("root") == before + b"\n" + below
     finally:
-        # A job that cron has just started would start the server again.
-        wait_for(lambda: not processes_naming(tmp_path / "it's"), 90, "the end of cron's jobs")
+        # A job that cron has just started would start the server again. A shell that waits for its second still has the
+        # name quoted.
+        wait_for(lambda: not processes_naming(tmp_path), 90, "the end of cron's jobs")
         server.stop()
     assert (tmp_path / "path").read_text() == f"{tools}:{':'.join(DEFAULT_PATH)}\n"
     for name in ("above", "below"):
