@@ -108,7 +108,8 @@ def _read(work: Work, ranges: int, buckets: int) -> sql.Composed:
         dimensions=_further(map(quoted, definition.dimensions)),
         values=COMMA.join(values.every_part(definition, work.places, finest=finest)),
         # By number, because a name would mean a column of the source before one of ours.
-        groups=COMMA.join(map(sql.Literal, grouped)) if grouped else sql.SQL("()"),
+        # Grouped by nothing, there would be a row for no rows as well.
+        groups=COMMA.join(map(sql.Literal, grouped)) if grouped else sql.SQL("() HAVING count(*) > 0"),
         where=condition(definition) if finest else sql.SQL(""),
     )
 

@@ -453,13 +453,12 @@ SET last_completed_at = clock_timestamp(), last_outcome = %(outcome)s,
 WHERE job = %(job)s
 
 -- name: read_range
--- The groups of neighbouring buckets. Without dimensions there would be a row for a bucket of no rows as well.
+-- The groups of neighbouring buckets.
 SELECT
     {bucket}{dimensions}, {values}, count(*)
 FROM {source}
 WHERE {time} >= to_timestamp(%(low)s) AND {time} < to_timestamp(%(high)s){where}
 GROUP BY {groups}
-HAVING count(*) > 0
 
 -- name: read_ranges
 -- The groups of buckets that lie apart: one range of an index for each stretch of neighbours.
@@ -472,7 +471,6 @@ CROSS JOIN LATERAL (
     WHERE {time} >= to_timestamp(batchctl_range.batchctl_low)
         AND {time} < to_timestamp(batchctl_range.batchctl_high){where}
     GROUP BY {groups}
-    HAVING count(*) > 0
 ) AS batchctl_group
 
 -- name: stored_types
