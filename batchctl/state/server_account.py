@@ -6,17 +6,18 @@ import fcntl
 import os
 import re
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from batchctl.errors import ConfigurationError, DatabaseUnavailableError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
-    from pathlib import Path
     from subprocess import CompletedProcess
 
     from batchctl.clock import Clock
 
+USERS_DIRECTORY = Path("/etc")
 SERVER_USER = "batchctl-db"
 LIMIT = 60.0  # seconds; a crash recovery takes longer than a start
 ADDING_LIMIT = 10.0
@@ -80,7 +81,9 @@ def find_account(data: Path, clock: Clock) -> Account:
             problem = f"useradd: {error.strerror}"
         return False
 
-    until(clock, ADDING_LIMIT, exists)
+    # Of two useradd that begin at once, the second would give the user of the first another number.
+    with alone(USERS_DIRECTORY, clock):
+        until(clock, ADDING_LIMIT, exists)
     try:
         found = pwd.getpwnam(SERVER_USER)
     except KeyError:
