@@ -22,15 +22,6 @@ LONGEST_NAME = 63
 OWN = "batchctl_"
 """Begins the names of what only a statement of ours has."""
 
-ROWS_COLUMN = f"{OWN}rows"
-"""Carries the number of rows read through a refresh."""
-
-ROW_COLUMN = f"{OWN}row"
-"""Tells where a row is stored."""
-
-VALUE_COLUMN = f"{OWN}value"
-"""Carries what is compared of a row, with a number for each."""
-
 NEXT = "~next"
 """Ends the name of a version that is built beside the one in use; no configured name holds a tilde."""
 

@@ -7,13 +7,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from batchctl.errors import ConfigurationError
 from batchctl.rollup import compose
-from batchctl.rollup.look import Seen
+from batchctl.rollup.look import Seen, look_at
 from batchctl.state.database import sql
 
 if TYPE_CHECKING:
     from datetime import datetime
+    from logging import Logger
 
+    from batchctl.rollup.definition import Definition
     from batchctl.rollup.work import Work
+    from batchctl.state.database import Session
 
 
 ROWS_FOR_A_JUMP = 50
@@ -73,17 +76,7 @@ def look_back(work: Work) -> bool:
     """
     seconds = compose.text(f"{work.definition.lookback_seconds} seconds")
     since = sql.SQL("{} - interval {}").format(work.session.statement("rollup.looked_until"), seconds)
-    source, time = compose.built_from(work.definition, work.grain, work.places)
-    statement = work.session.statement(
-        "rollup.look_back",
-        first=compose.bucket_of(work.session, work.grain, since),
-        open=compose.open_bucket(work.session, work.definition, work.grain),
-        source=source,
-        time=time,
-        bucket=compose.bucket_of(work.session, work.grain, time),
-        target=work.target,
-        floor=compose.floor(work.definition, work.grain),
-    )
+    statement = work.reading("look_back", first=compose.bucket_of(work.session, work.grain, since))
     with work.session.transaction():
         if not work.hold():
             return True
@@ -110,21 +103,44 @@ def _is_indexed(work: Work, oid: int) -> bool:
     return any(column.indexed for column in columns if column.name == work.definition.time)
 
 
-def queue_range(work: Work, start: datetime, end: datetime) -> int:
+def rebuild(  # noqa: PLR0917 - the first five are what every rebuild has
+    session: Session, definition: Definition, grain: str, start: datetime, end: datetime, log: Logger | None = None
+) -> int:
+    """Queue every bucket of a grain that overlaps [start, end) and exists in its table or in what that is built from.
+
+    Args:
+        session: An open session.
+        definition: The rollup.
+        grain: Name of the grain.
+        start: Aware; the bucket that holds it is the first.
+        end: Aware; the bucket that holds the instant before it is the last.
+        log: Takes the line that says what is left out, because its source rows may be gone.
+
+    Returns:
+        The number of buckets queued, none if the job is paused; the next tick computes those that are closed.
+
+    Raises:
+        ConfigurationError: the rollup is not migrated, or has changed since.
+    """
+    look, work = look_at(session, definition, definition.grain(grain))
+    if look.paused:
+        return 0
+    if log and definition.retention_seconds:
+        floor = work.run("floor")[0]
+        if start.timestamp() < floor.second:
+            log.warning(
+                "%s: source_retention keeps buckets before %s as they are, also where --rebuild asks for them",
+                *(grain, floor.shown),
+            )
+    return _queue_range(work, start, end)
+
+
+def _queue_range(work: Work, start: datetime, end: datetime) -> int:
     """Note every bucket of [start, end) that exists in the table or in what that is built from, and count them."""
     first = compose.bucket_of(work.session, work.grain, sql.SQL("%(start)s"))
     last = compose.bucket_of(work.session, work.grain, sql.SQL("%(end)s - interval '1 microsecond'"))
-    source, time = compose.built_from(work.definition, work.grain, work.places)
-    statement = work.session.statement(
-        "rollup.queue_range",
-        first=first,
-        last=compose.next_bucket(work.session, work.grain, last),
-        source=source,
-        time=time,
-        bucket=compose.bucket_of(work.session, work.grain, time),
-        target=work.target,
-        floor=compose.floor(work.definition, work.grain),
-    )
+    last = compose.next_bucket(work.session, work.grain, last)
+    statement = work.reading("queue_range", first=first, last=last)
     with work.session.transaction():
         work.steady(UNLIMITED)
         if not work.run("keep_definition", definition=work.described):
@@ -151,10 +167,8 @@ def sort_in(work: Work, held: Any, started: float, at_once: int) -> Sorted:
     """
     has_floor = compose.has_floor(work.definition, work.grain)
     empty = sql.SQL("")
-    statement = work.statement(
+    statement = work.reading(
         "sort_in",
-        target=work.target,
-        next=compose.next_bucket(work.session, work.grain, compose.quoted("bucket")),
         waiting=work.statement("waiting") if held.queued else empty,
         leaving=work.statement("leaving") if held.queued else empty,
         rest=work.statement("rest") if held.queued else sql.SQL("queued_from"),

@@ -16,7 +16,7 @@ from batchctl.rollup.compose import (
     quoted,
     text,
 )
-from batchctl.rollup.definition import ROW_COLUMN, ROWS_COLUMN, VALUE_COLUMN
+from batchctl.rollup.definition import OWN
 from batchctl.state.database import sql
 
 if TYPE_CHECKING:
@@ -26,6 +26,15 @@ if TYPE_CHECKING:
     from batchctl.rollup.measure import Measure
     from batchctl.rollup.work import Work
     from batchctl.state.database import Session
+
+ROWS_COLUMN = f"{OWN}rows"
+"""Carries the number of rows read through a refresh."""
+
+ROW_COLUMN = f"{OWN}row"
+"""Tells where a row is stored."""
+
+VALUE_COLUMN = f"{OWN}value"
+"""Carries what is compared of a row, with a number for each."""
 
 
 def filling(work: Work, *, ranges: int, buckets: int) -> sql.Composed:

@@ -148,48 +148,6 @@ def tick(  # noqa: PLR0917 - the first five are what every tick has
     )
 
 
-def rebuild(  # noqa: PLR0917 - the first five are what every rebuild has
-    session: Session, definition: Definition, grain: str, start: datetime, end: datetime, log: Logger | None = None
-) -> int:
-    """Queue every bucket of a grain that overlaps [start, end) and exists in its table or in what that is built from.
-
-    Args:
-        session: An open session.
-        definition: The rollup.
-        grain: Name of the grain.
-        start: Aware; the bucket that holds it is the first.
-        end: Aware; the bucket that holds the instant before it is the last.
-        log: Takes the line that says what is left out, because its source rows may be gone.
-
-    Returns:
-        The number of buckets queued, none if the job is paused; the next tick computes those that are closed.
-
-    Raises:
-        ConfigurationError: the rollup is not migrated, or has changed since.
-    """
-    look, work = look_at(session, definition, definition.grain(grain))
-    if look.paused:
-        return 0
-    if log and definition.retention_seconds:
-        floor = work.run("floor")[0]
-        if start.timestamp() < floor.second:
-            log.warning(
-                "%s: source_retention keeps buckets before %s as they are, also where --rebuild asks for them",
-                *(grain, floor.shown),
-            )
-    return queue.queue_range(work, start, end)
-
-
-def waiting(session: Session, definition: Definition, grain: str) -> int:
-    """Count the closed dirty buckets of a grain.
-
-    Raises:
-        ConfigurationError: the rollup is not migrated, or has changed since.
-    """
-    _, work = look_at(session, definition, definition.grain(grain))
-    return queue.waiting(work)
-
-
 def _catch_up(call: _Call) -> _Progress:
     work, limits = call.work, call.limits
     done: list[Chunk] = []

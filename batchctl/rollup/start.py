@@ -13,7 +13,9 @@ from batchctl.errors import BatchctlError, ConfigurationError, DatabaseUnavailab
 from batchctl.guard.identity import identify
 from batchctl.guard.lock import Holder, acquire, lock_path, read_holder
 from batchctl.logs import elapsed, shown
-from batchctl.rollup.refresh import Limits, rebuild, tick, waiting
+from batchctl.rollup import queue
+from batchctl.rollup.look import look_at
+from batchctl.rollup.refresh import Limits, tick
 from batchctl.rollup.result import GrainResult
 from batchctl.schedule.cron import inside_hours
 from batchctl.state.migrate import WrongSchemaError
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from batchctl.config import Configuration
     from batchctl.rollup.definition import Definition
     from batchctl.rollup.result import Advance
+    from batchctl.rollup.work import Work
     from batchctl.state.database import Session
     from batchctl.state.journal import Journal
     from batchctl.state.store import Store
@@ -110,9 +113,13 @@ class Aggregate:
         """Count the closed dirty buckets of each grain (rollup, grain, buckets); change nothing."""
         with self._open:
             return tuple(
-                (definition.name, grain, waiting(self._connected().session, definition, grain))
+                (definition.name, grain, queue.waiting(self._work(definition, grain)))
                 for definition, grain in self._wanted()
             )
+
+    def _work(self, definition: Definition, grain: str) -> Work:
+        _, work = look_at(self._connected().session, definition, definition.grain(grain))
+        return work
 
     def _wanted(self) -> Iterator[tuple[Definition, str]]:
         grains = sorted((grain for each in self.definitions for grain in each.grains), key=lambda grain: grain.seconds)
@@ -155,7 +162,7 @@ class Aggregate:
         self, session: Session, log: logging.Logger, definition: Definition, grain: str, begun: float
     ) -> GrainResult:
         if self.rebuild is not None:
-            rebuild(session, definition, grain, self.rebuild.start, self.rebuild.end, log)
+            queue.rebuild(session, definition, grain, self.rebuild.start, self.rebuild.end, log)
         limits = Limits(
             begun + definition.budget_seconds, jobs=self.jobs, connect=self._another, progress=self.progress
         )

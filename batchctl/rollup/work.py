@@ -69,10 +69,10 @@ class Work:
     def _pieces(self) -> dict[str, sql.Composable]:
         return pieces(self.session, self.definition, self.grain)
 
-    def compute(self, name: str, /, **values: Any) -> list[Any]:
-        """Execute a statement that reads what the grain is built from, or its table."""
+    def reading(self, name: str, /, **parts: sql.Composable) -> sql.Composed:
+        """Compose a statement that reads what the grain is built from, or its table."""
         source, time = compose.built_from(self.definition, self.grain, self.places)
-        statement = self.statement(
+        return self.statement(
             name,
             target=self.target,
             source=source,
@@ -80,8 +80,12 @@ class Work:
             bucket=compose.bucket_of(self.session, self.grain, time),
             next=compose.next_bucket(self.session, self.grain, compose.quoted("bucket")),
             where=compose.condition(self.definition),
+            **parts,
         )
-        return self.session.run(statement, {**self.parameters, **values})
+
+    def compute(self, name: str, /, **values: Any) -> list[Any]:
+        """Execute such a statement."""
+        return self.session.run(self.reading(name), {**self.parameters, **values})
 
     def steady(self, statement_timeout: str = STATEMENT_TIMEOUT) -> None:
         """Make the transaction that is open read the same whatever the role's settings are."""

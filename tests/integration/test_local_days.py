@@ -17,7 +17,8 @@ from batchctl.errors import ConfigurationError
 from batchctl.rollup.ddl import migrate
 from batchctl.rollup.definition import read_definition
 from batchctl.rollup.drop import drop
-from batchctl.rollup.refresh import rebuild, tick
+from batchctl.rollup.queue import rebuild
+from batchctl.rollup.refresh import tick
 from batchctl.state.database import Database
 from batchctl.state.migrate import upgrade
 

@@ -18,7 +18,8 @@ from batchctl.errors import BatchctlError, ConfigurationError
 from batchctl.rollup.ddl import migrate
 from batchctl.rollup.definition import read_definition
 from batchctl.rollup.drop import drop
-from batchctl.rollup.refresh import Limits, rebuild, tick
+from batchctl.rollup.queue import rebuild
+from batchctl.rollup.refresh import Limits, tick
 from batchctl.state.database import Database
 from batchctl.state.migrate import upgrade
 

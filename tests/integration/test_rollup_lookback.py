@@ -14,7 +14,8 @@ from rollup_source import DEFINITION, PARTITIONED, create_source, differences
 from batchctl.clock import SystemClock
 from batchctl.errors import ConfigurationError
 from batchctl.rollup.ddl import migrate
-from batchctl.rollup.refresh import rebuild, tick
+from batchctl.rollup.queue import rebuild
+from batchctl.rollup.refresh import tick
 from batchctl.state.database import Database
 from batchctl.state.migrate import upgrade
 

@@ -14,8 +14,8 @@ from batchctl.config import Rollup, parse_duration
 from batchctl.errors import DatabaseUnavailableError
 from batchctl.rollup.ddl import migrate
 from batchctl.rollup.definition import read_definition
+from batchctl.rollup.queue import rebuild as queue_range
 from batchctl.rollup.refresh import Limits, tick
-from batchctl.rollup.refresh import rebuild as queue_range
 from batchctl.state.database import Database
 from batchctl.state.migrate import upgrade
 
