@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from batchctl.errors import ConfigurationError
 from batchctl.rollup import compose
 from batchctl.rollup.definition import Places, differences, is_switch, next_name
-from batchctl.rollup.work import Work, parameters
+from batchctl.rollup.work import Work
 from batchctl.state.database import MissingObjectError, sql
 from batchctl.state.migrate import WrongSchemaError, require_schema
 from batchctl.state.sql import LATEST_VERSION
@@ -22,16 +22,14 @@ if TYPE_CHECKING:
 class Seen(NamedTuple):
     """Which notes a tick has seen before: those of transactions before `unseen_from` that are not `late`."""
 
-    unseen_from: int
+    unseen_from: int = 0
     """The first transaction that had not ended and was not in progress either."""
-    late: tuple[int, ...]
+    late: tuple[int, ...] = ()
     """Those before it that were in progress."""
 
     @classmethod
-    def read(cls, snapshot: str | None) -> Seen:
-        """Read the snapshot that a tick remembered, as PostgreSQL writes it; None if there is none."""
-        if snapshot is None:
-            return cls(0, ())
+    def read(cls, snapshot: str) -> Seen:
+        """Read a snapshot as PostgreSQL writes it."""
         _, unseen_from, late = snapshot.split(":")
         return cls(int(unseen_from), tuple(map(int, late.split(","))) if late else ())
 
@@ -45,6 +43,10 @@ class Look(NamedTuple):
 
     started: float
     """By the database's clock, as seconds since 1970."""
+    open: float
+    """The bucket that is open, as seconds since 1970; those before it are closed."""
+    notes_seen: str | None
+    """As the job has it. It changes with each tick that sorts notes in, and when a changed rollup takes its place."""
     known: bool
     paused: tuple[str, ...]
     """What is paused of the rollup and the job."""
@@ -53,6 +55,8 @@ class Look(NamedTuple):
     """True if the source's partitions are followed."""
     dirty: bool
     """True if closed buckets wait."""
+    before: Seen
+    """What was seen by the last tick that sorted notes in, or by one before it."""
     seen: str | None
     """The snapshot that shows no note that is not sorted in, None if it may show some."""
     until: float | None
@@ -77,16 +81,16 @@ def look_at(session: Session, definition: Definition, grain: Grain) -> tuple[Loo
 
 
 def _look_at(session: Session, definition: Definition, grain: Grain) -> tuple[Look, Work]:
-    finer = definition.finer(grain.name)
-    statement = session.statement("rollup.look", seen=session.statement("rollup.seen", here=sql.SQL("here")))
-    values = {**parameters(definition, grain), "finer": definition.job(finer.name) if finer else None}
+    job, finer = definition.job(grain.name), definition.finer(grain.name)
+    before = definition.job(finer.name) if finer else None
     with session.bounded():
-        row = session.run(statement, values)[0]
-        if row.version != LATEST_VERSION:
-            raise WrongSchemaError(f"the schema has version {row.version}")
+        row = session.fetch_one("rollup.look", rollup=definition.name, job=job, finer=before)
+        if max(row.versions, default=0) != LATEST_VERSION:
+            raise WrongSchemaError(f"the schema has version {max(row.versions, default=0)}")
         if row.definition is None:
             raise ConfigurationError(f"rollup.{definition.name} has no tables yet; run `batchctl migrate`")
-        work = Work(session, definition, grain, _places(session, definition, row.definition), row.here)
+        here = f"{row.system_identifier}/{row.database}"
+        work = Work(session, definition, grain, _places(session, definition, row.definition), here)
         return _look(work, row), work
 
 
@@ -132,25 +136,37 @@ def _horizon(work: Work, row: Any) -> tuple[float, float | None, float]:
 
 
 def _look(work: Work, row: Any) -> Look:
-    seen = Seen.read(row.seen)
+    seen = _seen(row, work.here)
     now, until, newest = _horizon(work, row)
-    unseen = work.run("unseen", **seen.parameters())[0]
+    unseen = work.run("unseen", **seen.parameters(), open=now)[0]
     noted, closed = unseen.noted, unseen.closed
     if seen.late and not closed:
-        late = work.run("unseen_late", **seen.parameters())[0]
+        late = work.run("unseen_late", **seen.parameters(), open=now)[0]
         noted, closed = noted or late.noted, late.closed
     paused = (*([work.definition.name] if row.rollup_paused else []), *([work.job] if row.paused else []))
     return Look(
         started=row.started,
+        open=now,
+        notes_seen=row.notes_seen,
         known=row.known,
         paused=paused,
         history_queued=row.history_queued,
         partitioned=row.partitioned,
         dirty=closed or (row.queued_from is not None and row.queued_from < now),
+        before=seen,
         seen=None if noted else unseen.snapshot,
         until=until,
         newest=newest,
     )
+
+
+def _seen(row: Any, here: str) -> Seen:
+    # The numbers of transactions mean something in one cluster and database only, and in a restored dump they may be
+    # beyond the next one.
+    if row.notes_seen is None or row.notes_seen_in != here:
+        return Seen()
+    seen = Seen.read(row.notes_seen)
+    return seen if seen.unseen_from <= Seen.read(row.snapshot).unseen_from else Seen()
 
 
 def _advice(session: Session, name: str, *, switched: bool) -> str:

@@ -1,17 +1,17 @@
-"""The queue of dirty buckets of a grain: filled, sorted, handed out in ranges, settled."""
+"""The queue of dirty buckets of a grain: filled, handed out in ranges, settled."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, NamedTuple
 
 from batchctl.errors import ConfigurationError
 from batchctl.rollup import compose
-from batchctl.rollup.look import Seen, look_at
+from batchctl.rollup.look import look_at
 from batchctl.state.database import sql
 
 if TYPE_CHECKING:
-    from datetime import datetime
     from logging import Logger
 
     from batchctl.rollup.definition import Definition
@@ -23,14 +23,6 @@ ROWS_FOR_A_JUMP = 50
 """So many rows are read in the time of one jump in an index."""
 UNLIMITED = "0"
 """How long a statement may take that reads a source as far as it goes."""
-
-
-class Late(NamedTuple):
-    """Buckets of which the source holds rows but may have lost others: how many, and the first and last as shown."""
-
-    buckets: int = 0
-    first: str = ""
-    last: str = ""
 
 
 class Range(NamedTuple):
@@ -49,15 +41,9 @@ class Bucket(NamedTuple):
     shown: str
 
 
-class Sorted(NamedTuple):
-    """What became of notes."""
-
-    taken: tuple[Bucket, ...]
-    """The closed buckets that are not in the queue, in order; the caller has to compute them."""
-    occupied: bool
-    """True if the table holds anything between them."""
-    late: Late
-    """Changes of buckets that are never computed anew."""
+def shown(bucket: float) -> str:
+    """Write the start of a bucket, given as seconds since 1970, for people."""
+    return datetime.fromtimestamp(bucket, UTC).replace(tzinfo=None).isoformat(" ", "seconds")
 
 
 def queue_history(work: Work) -> None:
@@ -86,10 +72,9 @@ def look_back(work: Work) -> bool:
 
 def _is_dense(work: Work) -> bool:
     """Tell whether jumping from bucket to bucket is quicker than reading every row."""
-    oid = _source_oid(work)
-    if not _is_indexed(work, oid):
+    if not is_indexed(work):
         return False
-    size = work.compute("history_size", seconds=work.grain.seconds, oid=oid)[0]
+    size = work.compute("history_size", seconds=work.grain.seconds, oid=_source_oid(work))[0]
     return bool(size.rows > ROWS_FOR_A_JUMP * size.tables * size.buckets)
 
 
@@ -98,8 +83,9 @@ def _source_oid(work: Work) -> int:
     return oid
 
 
-def _is_indexed(work: Work, oid: int) -> bool:
-    columns = work.session.fetch("rollup.table_columns", oid=oid)
+def is_indexed(work: Work) -> bool:
+    """Tell whether the source has an index that begins with the time."""
+    columns = work.session.fetch("rollup.table_columns", oid=_source_oid(work))
     return any(column.indexed for column in columns if column.name == work.definition.time)
 
 
@@ -148,56 +134,6 @@ def _queue_range(work: Work, start: datetime, end: datetime) -> int:
         rows = work.session.run(statement, {**work.parameters, "start": start, "end": end})
     buckets: int = rows[0].buckets
     return buckets
-
-
-def sort_in(work: Work, held: Any, started: float, at_once: int) -> Sorted:
-    """Turn the notes that were not seen before into entries of the queue, in the transaction that holds the job.
-
-    Notes of buckets below the rollup's `source_retention` are dropped. Those of which the source still holds rows, so
-    that something other than a purge changed them, are counted.
-
-    Args:
-        work: The grain.
-        held: The row of the job, as `Work.hold` returns it.
-        started: When the tick began, by the database's clock, as seconds since 1970.
-        at_once: If no more closed buckets than these have to be computed in all, they are not left in the queue.
-
-    Returns:
-        Those buckets, and what was too late.
-    """
-    has_floor = compose.has_floor(work.definition, work.grain)
-    empty = sql.SQL("")
-    statement = work.reading(
-        "sort_in",
-        waiting=work.statement("waiting") if held.queued else empty,
-        leaving=work.statement("leaving") if held.queued else empty,
-        rest=work.statement("rest") if held.queued else sql.SQL("queued_from"),
-        expired=work.statement("expired") if has_floor else empty,
-        too_old=work.statement("too_old") if has_floor else sql.SQL("NULL::bigint[]"),
-    )
-    values = {
-        **work.parameters,
-        **Seen.read(held.seen).parameters(),
-        "started": started,
-        "definition": work.described,
-        "at_once": at_once,
-    }
-    found = work.session.run(statement, values)[0]
-    # In this order for the reason given in Attempt.
-    if found.marked:
-        work.compute("queue_target")
-    late = _count_late(work, found.too_old) if found.too_old else Late()
-    taken = tuple(map(Bucket, found.starts or (), found.ends or (), found.shown or ()))
-    return Sorted(taken, bool(found.occupied), late)
-
-
-def _count_late(work: Work, too_old: list[int]) -> Late:
-    work.steady(UNLIMITED)
-    how = "late_by_index" if _is_indexed(work, _source_oid(work)) else "late_by_scan"
-    late = Late(*work.compute(how, buckets=too_old)[0])
-    if late.buckets:
-        work.run("count_ignored", buckets=late.buckets)
-    return late
 
 
 def pick(work: Work, limit: int, below: int | None) -> Range | None:

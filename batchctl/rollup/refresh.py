@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from batchctl.errors import BatchctlError, ConfigurationError, DatabaseUnavailableError
 from batchctl.guard.pause import lifted_by
-from batchctl.rollup import queue
+from batchctl.rollup import notes, queue
 from batchctl.rollup.backlog import FIRST_BUCKETS, MOST_BUCKETS, Alone, Chunks, Crew, Pace
 from batchctl.rollup.chunk import Attempt, since
 from batchctl.rollup.look import look_at
@@ -110,7 +109,7 @@ def tick(  # noqa: PLR0917 - the first five are what every tick has
     if not look.known:
         work.run("add_state")
     if look.history_queued and not (_search(look, work, log) or look.dirty):
-        log.debug(NOTHING, _named(look.newest))
+        log.debug(NOTHING, queue.shown(look.newest))
         work.run("nothing", started=look.started, until=look.until, seen=look.seen)
         return GrainResult(definition.name, grain, "empty", duration_seconds=since(begun, clock))
     try:
@@ -127,7 +126,7 @@ def tick(  # noqa: PLR0917 - the first five are what every tick has
         remaining = done.remaining
     else:
         if done.outcome == "empty":
-            log.debug(NOTHING, _named(look.newest))
+            log.debug(NOTHING, queue.shown(look.newest))
         remaining = queue.settle(work, done.outcome, look.until if done.outcome != "failed" else None)
         if done.outcome == "failed":
             # What could not even be sorted in waits too.
@@ -152,14 +151,14 @@ def _catch_up(call: _Call) -> _Progress:
     work, limits = call.work, call.limits
     done: list[Chunk] = []
     faults: list[Chunk] = []
-    late = queue.Late()
+    late = notes.Late()
     try:
         if not call.look.history_queued:
             queue.queue_history(work)
-        sorted_in = _at_once(call)
-        if isinstance(sorted_in, _Progress):
-            return sorted_in
-        late = sorted_in
+        begun = _begin(call)
+        if isinstance(begun, _Progress):
+            return begun
+        late = begun
         tell = _teller(call)
         tell(done)
         with _crew(call) as crew:
@@ -179,42 +178,41 @@ def _catch_up(call: _Call) -> _Progress:
     return replace(progress, ignored=late.buckets)
 
 
-def _at_once(call: _Call) -> _Progress | queue.Late:
-    """Sort the notes in; and if they are all there is and few, do the whole tick in the same transaction.
+def _begin(call: _Call) -> _Progress | notes.Late:
+    """Do the whole tick in one transaction if little is waiting, and else sort the notes in.
 
     Returns:
         What the tick came to, or what was too late if more is waiting or it has to be done bucket by bucket.
     """
     attempt = Attempt(call.work, call.clock, call.log)
     try:
-        found = _sort_in(call, attempt, min(FIRST_BUCKETS, call.limits.most_buckets))
+        done = _hold(call, attempt, min(FIRST_BUCKETS, call.limits.most_buckets))
     except BatchctlError as error:
         attempt.failed(error)
-        found = _sort_in(call, attempt, 0)
-    if found is None:
-        return ELSEWHERE
-    if found.late.buckets:
+        done = _hold(call, attempt, 0)
+    if done is None:
+        return _Progress("success", None, (attempt.succeeded(),), remaining=0)
+    if isinstance(done, notes.Late) and done.buckets:
         call.log.warning(
             "%s: %d buckets older than source_retention changed and are not recomputed: %s .. %s",
-            *(call.work.grain.name, found.late.buckets, found.late.first, found.late.last),
+            *(call.work.grain.name, done.buckets, done.first, done.last),
         )
-    if not found.taken:
-        return found.late
-    return _Progress("success", None, (attempt.succeeded(),), remaining=0, ignored=found.late.buckets)
+    return done
 
 
-def _sort_in(call: _Call, attempt: Attempt, at_once: int) -> queue.Sorted | None:
-    """Sort the notes in, and attempt what does not come into the queue; None if the job is held elsewhere."""
-    work = call.work
+def _hold(call: _Call, attempt: Attempt, few: int) -> _Progress | notes.Late | None:
+    """Compute all that waits if it is few buckets (None), or sort the notes in, in a transaction that holds the job."""
+    work, look = call.work, call.look
     with work.session.transaction():
         held = work.hold()
         if held is None:
-            return None
-        found = queue.sort_in(work, held, call.look.started, at_once)
-        if found.taken:
-            attempt.compute(found.taken, occupied=found.occupied)
-            work.run("end", outcome="success", until=call.look.until)
-    return found
+            return ELSEWHERE
+        found = notes.read_few(work, look, held, few) if few else None
+        if found is None:
+            return notes.sort_in(work, look)
+        attempt.compute(found.closed, occupied=found.occupied)
+        notes.finish(work, look, found)
+    return None
 
 
 def _teller(call: _Call) -> Callable[[Sequence[Chunk]], None]:
@@ -256,10 +254,6 @@ def _crew(call: _Call) -> AbstractContextManager[Crew]:
 def _is_large(work: Work) -> bool:
     found = queue.pick(work, FIRST_BUCKETS + 1, None)
     return found is not None and found.buckets > FIRST_BUCKETS
-
-
-def _named(bucket: float) -> str:
-    return f"{datetime.fromtimestamp(bucket, UTC):%Y-%m-%d %H:%M:%S}"
 
 
 def _sum_up(done: Sequence[Chunk], faults: Sequence[Chunk]) -> _Progress:

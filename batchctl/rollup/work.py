@@ -18,6 +18,7 @@ STATEMENT_TIMEOUT = "10min"
 """A statement of a chunk that takes longer is stuck: chunks are cut to take seconds."""
 WORK_MEMORY = "128MB"
 """What sorting and grouping a chunk may use, unless the role has more."""
+KILOBYTES = {"kB": 1, "MB": 1024, "GB": 1024**2, "TB": 1024**3}
 
 
 @dataclass(frozen=True)
@@ -41,10 +42,15 @@ class Work:
         """Name the table of the grain."""
         return compose.quoted(*self.places.targets[self.grain.name])
 
-    @property
+    @cached_property
     def parameters(self) -> dict[str, Any]:
         """Return the values that the statements share."""
-        return {**parameters(self.definition, self.grain), "here": self.here}
+        return {
+            "rollup": self.definition.name,
+            "grain": self.grain.name,
+            "job": self.job,
+            "here": self.here,
+        }
 
     @property
     def described(self) -> str:
@@ -67,7 +73,12 @@ class Work:
 
     @cached_property
     def _pieces(self) -> dict[str, sql.Composable]:
-        return pieces(self.session, self.definition, self.grain)
+        return {
+            "open": compose.open_bucket(self.session, self.definition, self.grain),
+            "floor": compose.floor(self.definition, self.grain),
+            "ended": self.session.statement("rollup.ended", snapshot=sql.SQL("pg_current_snapshot()")),
+            "ended_before": self.session.statement("rollup.ended", snapshot=sql.SQL("%(snapshot)s::pg_snapshot")),
+        }
 
     def reading(self, name: str, /, **parts: sql.Composable) -> sql.Composed:
         """Compose a statement that reads what the grain is built from, or its table."""
@@ -89,7 +100,9 @@ class Work:
 
     def steady(self, statement_timeout: str = STATEMENT_TIMEOUT) -> None:
         """Make the transaction that is open read the same whatever the role's settings are."""
-        self.run("steady", statement_timeout=statement_timeout)
+        memory = self.session.run(self.statement("steady", statement_timeout=sql.Literal(statement_timeout)))[0]
+        if _kilobytes(memory.work_mem) < _kilobytes(WORK_MEMORY):
+            self.session.run(self.statement("more_memory", work_memory=sql.Literal(WORK_MEMORY)))
 
     def hold(self, how: str = "hold") -> Any:
         """Do the same and lock the job until the end of the transaction.
@@ -100,26 +113,11 @@ class Work:
         Returns:
             The row of the job, None if it is held elsewhere.
         """
+        self.steady()
         rows = self.run(how)
         return rows[0] if rows else None
 
 
-def parameters(definition: Definition, grain: Grain) -> dict[str, Any]:
-    """Return the values that the statements about a grain share."""
-    return {
-        "rollup": definition.name,
-        "grain": grain.name,
-        "job": definition.job(grain.name),
-        "statement_timeout": STATEMENT_TIMEOUT,
-        "work_mem": WORK_MEMORY,
-    }
-
-
-def pieces(session: Session, definition: Definition, grain: Grain) -> dict[str, sql.Composable]:
-    """Return the pieces of SQL that the statements about a grain share."""
-    return {
-        "settings": session.statement("rollup.settings"),
-        "seen": session.statement("rollup.seen", here=sql.SQL("%(here)s")),
-        "open": compose.open_bucket(session, definition, grain),
-        "floor": compose.floor(definition, grain),
-    }
+def _kilobytes(memory: str) -> int:
+    """Read a setting of memory as PostgreSQL shows it."""
+    return int(memory[:-2]) * KILOBYTES[memory[-2:]]

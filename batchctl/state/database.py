@@ -36,14 +36,15 @@ LASTING = ("22", "23")
 """Classes of SQLSTATE that the same statement will meet again: wrong data, a violated constraint."""
 
 BOUNDS = sql.SQL(
-    "SELECT set_config('lock_timeout', {lock}, true) AS lock_timeout, "
-    "set_config('statement_timeout', {statement}, true) AS statement_timeout, "
-    "set_config('idle_in_transaction_session_timeout', '20s', true) AS idle_timeout, "
-    "set_config('synchronous_commit', CASE current_setting('synchronous_commit') "
-    "WHEN 'off' THEN 'on' ELSE current_setting('synchronous_commit') END, true) AS kept"
+    "SHOW synchronous_commit; "
+    "SET LOCAL lock_timeout = {lock}; "
+    "SET LOCAL statement_timeout = {statement}; "
+    "SET LOCAL idle_in_transaction_session_timeout = '20s'"
 )
 """What holds in a transaction of ours, whatever the role's defaults are: nothing waits for long, neither for a lock nor
-holding one for a client that is gone, and what is committed survives a crash of the server."""
+holding one for a client that is gone."""
+DURABLE = sql.SQL("SET LOCAL synchronous_commit = on")
+"""Nor is what was committed lost in a crash of the server."""
 
 # A client that vanished must not keep locks, and a server that vanished must not keep the client.
 CONNECTION_DEFAULTS: Mapping[str, Any] = {
@@ -124,7 +125,9 @@ class Session:
             statement: In all.
         """
         with self.transaction():
-            self.run(BOUNDS.format(lock=sql.Literal(lock), statement=sql.Literal(statement)))
+            kept = self.run(BOUNDS.format(lock=sql.Literal(lock), statement=sql.Literal(statement)))[0]
+            if kept.synchronous_commit == "off":
+                self.run(DURABLE)
             yield
 
     @contextmanager

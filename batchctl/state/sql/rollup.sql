@@ -4,33 +4,27 @@
 -- gives events to settle.
 
 -- name: look
--- The version of the schema, what was migrated, and what is remembered of the job. A session's first statement pays for
--- each function that it names.
+-- The versions of the schema, what was migrated, and what is remembered of the job. A session's first statement pays for
+-- each table, function and operator that it names.
 SELECT
-    (SELECT version FROM {schema}.migration ORDER BY version DESC LIMIT 1) AS version,
-    extract(epoch FROM now())::float8 AS started,
+    ARRAY(SELECT version FROM {schema}.migration) AS versions,
+    date_part('epoch', now()) AS started,
     registered.definition,
     registered.history_queued_at IS NOT NULL AS history_queued,
-    state.job IS NOT NULL AS known,
     EXISTS (SELECT FROM {schema}.source_partition WHERE rollup = %(rollup)s) AS partitioned,
+    system_identifier,
+    current_database() AS database,
+    pg_current_snapshot()::text AS snapshot,
+    state.job IS NOT NULL AS known,
     coalesce(state.paused, false) AS paused,
     coalesce((SELECT paused FROM {schema}.state WHERE job = %(rollup)s), false) AS rollup_paused,
-    extract(epoch FROM state.queued_from)::float8 AS queued_from,
-    (SELECT extract(epoch FROM aggregated_until)::float8 FROM {schema}.state WHERE job = %(finer)s) AS finer_until,
-    here,
-    ({seen})::text AS seen
-FROM (SELECT (SELECT system_identifier FROM pg_control_system())::text || '/' || current_database() AS here) AS place
+    date_part('epoch', state.queued_from) AS queued_from,
+    (SELECT date_part('epoch', aggregated_until) FROM {schema}.state WHERE job = %(finer)s) AS finer_until,
+    state.notes_seen::text AS notes_seen,
+    state.notes_seen_in
+FROM pg_control_system()
 LEFT JOIN {schema}.rollup AS registered ON registered.rollup = %(rollup)s
 LEFT JOIN {schema}.state AS state ON state.job = %(job)s
-
--- name: seen
--- The snapshot of the last tick that sorted notes in, which shows those that are not unseen: a part of `look` and `hold`.
--- The numbers of transactions mean something in one cluster and database only (`here`), and in a restored dump they may
--- be beyond the next one.
-CASE
-    WHEN state.notes_seen_in = {here} AND pg_snapshot_xmax(state.notes_seen) <= pg_snapshot_xmax(pg_current_snapshot())
-        THEN state.notes_seen
-END
 
 -- name: local_horizon
 -- The bucket that is open now, how far a tick looks, and the bucket before: for local days, whose length differs.
@@ -53,7 +47,7 @@ SELECT
     ) AS noted,
     EXISTS (
         SELECT FROM {schema}.dirty_bucket
-        WHERE rollup = %(rollup)s AND grain = %(grain)s AND xid >= %(unseen_from)s::xid8 AND bucket < {open}
+        WHERE rollup = %(rollup)s AND grain = %(grain)s AND xid >= %(unseen_from)s::xid8 AND bucket < to_timestamp(%(open)s)
     ) AS closed,
     pg_current_snapshot()::text AS snapshot
 
@@ -66,13 +60,9 @@ SELECT
     ) AS noted,
     EXISTS (
         SELECT FROM {schema}.dirty_bucket
-        WHERE rollup = %(rollup)s AND grain = %(grain)s AND xid = ANY (ended.late) AND bucket < {open}
+        WHERE rollup = %(rollup)s AND grain = %(grain)s AND xid = ANY (ended.late) AND bucket < to_timestamp(%(open)s)
     ) AS closed
-FROM (
-    -- What is in progress still has no note to show, only many to look at.
-    SELECT array_agg(xid) AS late FROM unnest(%(late)s::xid8[]) AS xid
-    WHERE pg_visible_in_snapshot(xid, pg_current_snapshot())
-) AS ended
+FROM (SELECT ARRAY({ended}) AS late) AS ended
 
 -- name: add_state
 -- The row of a job, whose lock stands for the job.
@@ -96,38 +86,34 @@ WHERE state.job = held.job
 -- smaller sum, and casts of times and numbers are in one form. Compiling a chunk's statement takes longer (0.1 s) than
 -- running it. A chunk that a crash of the server loses is in the queue again, so it need not wait for the disk. Neither a
 -- lock nor a client that is gone keeps the job for long.
-SELECT {settings}
+SHOW work_mem;
+SET LOCAL extra_float_digits = 1;
+SET LOCAL row_security = off;
+SET LOCAL TimeZone = 'UTC';
+SET LOCAL jit = off;
+SET LOCAL synchronous_commit = off;
+SET LOCAL lock_timeout = '10s';
+SET LOCAL statement_timeout = {statement_timeout};
+SET LOCAL idle_in_transaction_session_timeout = '60s'
 
--- name: settings
--- The settings of such a transaction: a part of `steady` and of the locks.
-    set_config('extra_float_digits', '1', true) AS extra_float_digits,
-    set_config('row_security', 'off', true) AS row_security,
-    set_config('TimeZone', 'UTC', true) AS time_zone,
-    set_config('jit', 'off', true) AS jit,
-    set_config('synchronous_commit', 'off', true) AS synchronous_commit,
-    set_config('lock_timeout', '10s', true) AS lock_timeout,
-    set_config('statement_timeout', %(statement_timeout)s, true) AS statement_timeout,
-    set_config('idle_in_transaction_session_timeout', '60s', true) AS idle_timeout,
-    CASE WHEN pg_size_bytes(current_setting('work_mem')) < pg_size_bytes(%(work_mem)s)
-        THEN set_config('work_mem', %(work_mem)s, true) END AS work_mem
+-- name: more_memory
+SET LOCAL work_mem = {work_memory}
 
 -- name: hold
--- The same, and the lock of a job until the end of the transaction, which holds across hosts and behind a transaction
--- pooler; no row comes back if another session has it.
-SELECT {settings},
-    coalesce(state.queued_from < {open}, false) AS queued,
-    ({seen})::text AS seen
-FROM {schema}.state AS state
-WHERE state.job = %(job)s
+-- The lock of a job until the end of the transaction, which holds across hosts and behind a transaction pooler; no row
+-- comes back if another session has it.
+SELECT date_part('epoch', queued_from) AS queued_from, notes_seen::text AS notes_seen
+FROM {schema}.state
+WHERE job = %(job)s
 FOR UPDATE SKIP LOCKED
 
 -- name: hold_for_workers
 -- A lock of the job that lets sessions in that say they belong to it.
-SELECT {settings} FROM {schema}.state WHERE job = %(job)s FOR NO KEY UPDATE SKIP LOCKED
+SELECT job FROM {schema}.state WHERE job = %(job)s FOR NO KEY UPDATE SKIP LOCKED
 
 -- name: join_holder
 -- The lock of a session that works for the holder; while it has it, nobody else can hold the job.
-SELECT {settings} FROM {schema}.state WHERE job = %(job)s FOR KEY SHARE SKIP LOCKED
+SELECT job FROM {schema}.state WHERE job = %(job)s FOR KEY SHARE SKIP LOCKED
 
 -- name: claim_history
 -- The right to queue the history, for one session at a time.
@@ -243,88 +229,125 @@ RETURNING (SELECT count(*) FROM found) AS buckets
 -- How the changes of a rollup are noticed from now on.
 UPDATE {schema}.rollup SET definition = (definition - 'capture') || {capture}::jsonb WHERE rollup = {rollup}
 
--- name: sort_in
--- The unseen notes become entries of the queue, one for each bucket, and are seen. All of this is one statement, so the
--- notes that it takes are those that its snapshot shows. If no more closed buckets than `at_once` have to be computed,
--- they do not come into the queue, or leave it, and are returned, to be computed in the same transaction; not so if the
--- rollup was changed since the tick began, for the reason given in `take`.
-WITH taken AS (
-    DELETE FROM {schema}.dirty_bucket
-    WHERE rollup = %(rollup)s AND grain = %(grain)s
-        AND (xid >= %(unseen_from)s::xid8 OR xid = ANY (%(late)s::xid8[]))
-    RETURNING bucket
-), dirty AS MATERIALIZED (
-    SELECT DISTINCT bucket FROM taken
-), wanted AS MATERIALIZED (
-    SELECT bucket, bucket < {open} AS closed FROM dirty WHERE bucket > '-infinity' AND bucket >= {floor} {waiting}
-), found AS MATERIALIZED (
-    SELECT
-        marked,
-        NOT marked AND count(*) FILTER (WHERE closed) <= %(at_once)s AND EXISTS (
-            SELECT FROM {schema}.rollup
-            WHERE rollup = %(rollup)s AND definition - 'places' = %(definition)s::jsonb
-        ) AS few,
-        min(bucket) AS first,
-        min(bucket) FILTER (WHERE NOT closed) AS first_open,
-        max(bucket) FILTER (WHERE closed) AS last_closed
-    FROM (SELECT EXISTS (SELECT FROM dirty WHERE bucket = '-infinity') AS marked) AS mark
-    LEFT JOIN wanted ON true
-    GROUP BY marked
-), queued AS (
-    INSERT INTO {schema}.queued_bucket (rollup, grain, bucket)
-    SELECT %(rollup)s, %(grain)s, bucket FROM wanted, found WHERE NOT (closed AND few)
-    ON CONFLICT DO NOTHING
-){leaving}{expired}
-UPDATE {schema}.state AS state
-SET last_started_at = to_timestamp(%(started)s),
-    notes_seen = pg_current_snapshot(),
-    notes_seen_in = %(here)s,
-    queued_from = CASE WHEN found.few THEN least({rest}, found.first_open) ELSE least(queued_from, found.first) END
-FROM found
-WHERE state.job = %(job)s
-RETURNING
-    found.marked,
-    CASE WHEN found.few THEN ARRAY(
-        SELECT extract(epoch FROM bucket)::bigint FROM wanted WHERE closed ORDER BY bucket
-    ) END AS starts,
-    CASE WHEN found.few THEN ARRAY(
-        SELECT extract(epoch FROM {next})::bigint FROM wanted WHERE closed ORDER BY bucket
-    ) END AS ends,
-    CASE WHEN found.few THEN ARRAY(
-        SELECT to_char(bucket AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI:SS') FROM wanted WHERE closed ORDER BY bucket
-    ) END AS shown,
-    CASE WHEN found.few THEN (
-        SELECT bucket FROM {target} WHERE bucket >= found.first AND bucket <= found.last_closed ORDER BY bucket LIMIT 1
-    ) IS NOT NULL END AS occupied,
-    {too_old} AS too_old
+-- name: few
+-- The buckets that unseen notes name, and the closed ones that wait in the queue, one more than `most` if there are more.
+SELECT
+    date_part('epoch', bucket) AS start,
+    bucket < to_timestamp(%(open)s) AS closed,
+    {kept} AS kept,
+    CASE WHEN bucket < to_timestamp(%(open)s) THEN {end} END AS end,
+    -- In this form an index is used also by a planner that takes the table to be small.
+    (
+        SELECT bucket FROM {target} AS stored
+        WHERE stored.bucket >= noted.bucket AND stored.bucket <= noted.bucket
+        ORDER BY stored.bucket LIMIT 1
+    ) IS NOT NULL AS occupied,
+    pg_current_snapshot()::text AS snapshot
+FROM (
+    SELECT DISTINCT bucket
+    FROM (
+        SELECT bucket FROM {schema}.dirty_bucket
+        WHERE rollup = %(rollup)s AND grain = %(grain)s AND xid >= %(unseen_from)s::xid8
+        {overtaken}
+        {waiting}
+    ) AS dirty
+    LIMIT %(most)s + 1
+) AS noted
+ORDER BY bucket
+
+-- name: overtaken
+-- Notes of transactions that were in progress when notes were last looked for: a part of `few`, like the next one. In
+-- conditions of their own, because no index serves both at once.
+UNION ALL
+SELECT bucket FROM {schema}.dirty_bucket
+WHERE rollup = %(rollup)s AND grain = %(grain)s AND xid = ANY (ARRAY({ended}))
+
+-- name: ended
+-- Which of them have ended. What is in progress still has no note to show, only many to look at.
+SELECT xid FROM unnest(%(late)s::xid8[]) AS xid WHERE pg_visible_in_snapshot(xid, {snapshot})
 
 -- name: waiting
--- The closed buckets that are in the queue already, no more than it takes to see that they are not few: a part of
--- `sort_in`, like the next two, where there are any.
-UNION
+-- Closed buckets of the queue, no more than it takes to see that they are not few.
+UNION ALL
 (
-    SELECT bucket, true FROM {schema}.queued_bucket
+    SELECT bucket FROM {schema}.queued_bucket
     WHERE rollup = %(rollup)s AND grain = %(grain)s
-        AND bucket >= (SELECT queued_from FROM {schema}.state WHERE job = %(job)s)
-        AND bucket >= {floor} AND bucket < {open}
-    ORDER BY bucket LIMIT %(at_once)s + 1
+        AND bucket >= (SELECT queued_from FROM {schema}.state WHERE job = %(job)s) AND bucket < to_timestamp(%(open)s)
+    ORDER BY bucket LIMIT %(most)s + 1
+)
+
+-- name: finish
+-- The end of a tick that computed all that was closed. The notes that are gone now are those that `few` saw.
+WITH seen AS (
+    DELETE FROM {schema}.dirty_bucket
+    WHERE rollup = %(rollup)s AND grain = %(grain)s
+        AND xid >= %(unseen_from)s::xid8 AND pg_visible_in_snapshot(xid, %(snapshot)s::pg_snapshot)
+){seen_late}{leaving}{coming}
+UPDATE {schema}.state AS state
+SET last_started_at = to_timestamp(%(started)s), last_completed_at = clock_timestamp(), last_outcome = 'success',
+    aggregated_until = greatest(aggregated_until, to_timestamp(%(until)s)),
+    notes_seen = %(snapshot)s::pg_snapshot, notes_seen_in = %(here)s,
+    queued_from = {queued_from}
+WHERE job = %(job)s
+
+-- name: seen_late
+-- A part of `finish`, like the next three, where there are any.
+, seen_late AS (
+    DELETE FROM {schema}.dirty_bucket
+    WHERE rollup = %(rollup)s AND grain = %(grain)s
+        AND xid = ANY (ARRAY({ended_before}))
 )
 
 -- name: leaving
--- They leave it.
+-- The closed buckets leave the queue.
 , leaving AS (
     DELETE FROM {schema}.queued_bucket
     WHERE rollup = %(rollup)s AND grain = %(grain)s
-        AND bucket = ANY (ARRAY(SELECT bucket FROM wanted, found WHERE closed AND few))
+        AND bucket = ANY (ARRAY(SELECT to_timestamp(second) FROM unnest(%(closed)s::bigint[]) AS second))
 )
 
--- name: rest
--- The first that stays.
+-- name: coming
+-- Those that are still open come into it.
+, coming AS (
+    INSERT INTO {schema}.queued_bucket (rollup, grain, bucket)
+    SELECT %(rollup)s, %(grain)s, to_timestamp(second) FROM unnest(%(later)s::bigint[]) AS second
+    ON CONFLICT DO NOTHING
+)
+
+-- name: staying
+-- The first that stays in it.
 (
     SELECT bucket FROM {schema}.queued_bucket
-    WHERE rollup = %(rollup)s AND grain = %(grain)s AND bucket >= {open}
+    WHERE rollup = %(rollup)s AND grain = %(grain)s AND bucket >= to_timestamp(%(open)s)
     ORDER BY bucket LIMIT 1
 )
+
+-- name: sort_in
+-- The unseen notes become entries of the queue, one for each bucket, and are seen. All of this is one statement, so the
+-- notes that it takes are those that its snapshot shows.
+WITH taken AS (
+    DELETE FROM {schema}.dirty_bucket
+    WHERE rollup = %(rollup)s AND grain = %(grain)s AND xid >= %(unseen_from)s::xid8
+    RETURNING bucket
+), taken_late AS (
+    DELETE FROM {schema}.dirty_bucket
+    WHERE rollup = %(rollup)s AND grain = %(grain)s AND xid = ANY (ARRAY({ended}))
+    RETURNING bucket
+), dirty AS MATERIALIZED (
+    SELECT bucket FROM taken UNION SELECT bucket FROM taken_late
+), queued AS (
+    INSERT INTO {schema}.queued_bucket (rollup, grain, bucket)
+    SELECT %(rollup)s, %(grain)s, bucket FROM dirty WHERE bucket > '-infinity' AND bucket >= {floor}
+    ON CONFLICT DO NOTHING
+    RETURNING bucket
+){expired}
+UPDATE {schema}.state
+SET last_started_at = to_timestamp(%(started)s),
+    notes_seen = pg_current_snapshot(),
+    notes_seen_in = %(here)s,
+    queued_from = least(queued_from, (SELECT min(bucket) FROM queued))
+WHERE job = %(job)s
+RETURNING EXISTS (SELECT FROM dirty WHERE bucket = '-infinity') AS marked, {too_old} AS too_old
 
 -- name: expired
 -- Buckets whose source rows may be gone never come into the queue, and leave it if they waited too long: a part of
@@ -446,7 +469,7 @@ RETURNING (
 ) AS remaining
 
 -- name: end
--- The end of a tick after which the queue is as it was left by sorting in, or that could not hold the job.
+-- The end of a tick that could not hold the job, or was refused.
 UPDATE {schema}.state
 SET last_completed_at = clock_timestamp(), last_outcome = %(outcome)s,
     aggregated_until = greatest(aggregated_until, to_timestamp(%(until)s))
