@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from batchctl.rollup import queue
 from batchctl.rollup.chunk import refresh_chunk
+from batchctl.rollup.look import FEW_BUCKETS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -19,8 +20,6 @@ if TYPE_CHECKING:
     from batchctl.rollup.queue import Range
     from batchctl.rollup.work import Work
 
-FIRST_BUCKETS = 240
-"""Four hours of minutes: a first chunk that no source makes too long."""
 MOST_BUCKETS = 20_000
 WANTED_ROWS = 400_000
 WANTED_SECONDS = 4.0
@@ -50,7 +49,7 @@ class Pace:
     """
 
     most: int
-    buckets: int = FIRST_BUCKETS
+    buckets: int = FEW_BUCKETS
 
     def __post_init__(self) -> None:
         self.buckets = min(self.buckets, self.most)

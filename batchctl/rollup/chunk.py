@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from batchctl.errors import BatchctlError, DatabaseUnavailableError
-from batchctl.rollup.queue import Bucket
+from batchctl.rollup.bucket import Bucket
+from batchctl.state.database import sql
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -76,7 +77,10 @@ class Attempt:
 
     def take(self, span: Range) -> None:
         """Take the buckets of a range out of the queue and replace them."""
-        taken = self._work.compute("take", low=span.low, high=span.high, definition=self._work.described)
+        work = self._work
+        statement = work.reading("take", occupied=work.occupied(sql.SQL("%(low)s"), sql.SQL("%(high)s")))
+        values = {"low": span.low, "high": span.high, "definition": work.described}
+        taken = work.session.run_at_once(statement, {**work.parameters, **values})
         if taken:
             self.compute([Bucket(row.start, row.end, row.shown) for row in taken], occupied=taken[0].occupied)
 
@@ -89,7 +93,9 @@ class Attempt:
         """
         self._chunk = Chunk(tuple((bucket.start, bucket.shown) for bucket in taken))
         done = _compute(self._work, taken, occupied=occupied)
-        counts = {key: getattr(done, key) for key in ("source_rows", "events", "rows_written", "rows_deleted")}
+        keys = ("source_rows", "events", "rows_written", "rows_deleted")
+        # A sum over nothing is nothing, and PostgreSQL's sums are of a larger type than what they add up.
+        counts: dict[str, Any] = {key: int(getattr(done, key) or 0) for key in keys}
         self._chunk = replace(self._chunk, duration_seconds=since(self._begun, self._clock), **counts)
 
     def succeeded(self) -> Chunk:
@@ -120,7 +126,9 @@ def _compute(work: Work, taken: Sequence[Bucket], *, occupied: bool) -> Any:
         if len(ranges) > 1
         else {"low": ranges[0][0], "high": ranges[0][1]}
     )
-    return work.session.run(statement, {**work.parameters, **limits, "buckets": [row.start for row in taken]})[0]
+    return work.session.run_at_once(statement, {**work.parameters, **limits, "buckets": [row.start for row in taken]})[
+        0
+    ]
 
 
 def _lies_in_the_rows(error: BatchctlError) -> bool:

@@ -1,4 +1,4 @@
-"""What a tick sees before it does anything: the rollup as it was migrated, and whether notes or buckets wait."""
+"""What a tick sees before it does anything: the rollup as it was migrated, and which notes and buckets wait."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from batchctl.errors import ConfigurationError
 from batchctl.rollup import compose
+from batchctl.rollup.bucket import EARLIEST, Bucket, shown
 from batchctl.rollup.definition import Places, differences, is_switch, next_name
 from batchctl.rollup.work import Work
 from batchctl.state.database import MissingObjectError, sql
@@ -13,10 +14,15 @@ from batchctl.state.migrate import WrongSchemaError, require_schema
 from batchctl.state.sql import LATEST_VERSION
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from batchctl.rollup.definition import Definition, Grain
     from batchctl.state.database import Session
+
+FEW_BUCKETS = 240
+"""Four hours of minutes: so many are computed at once, whatever the source."""
+FEW_NOTES = 50_000
+"""So many are read to find out which buckets they name; a tick that has to sort them in has read them for nothing."""
 
 
 class Seen(NamedTuple):
@@ -38,6 +44,19 @@ class Seen(NamedTuple):
         return {"unseen_from": str(self.unseen_from), "late": list(map(str, self.late))}
 
 
+class Waiting(NamedTuple):
+    """What is noted and waits, where it is little; notes are still there."""
+
+    closed: tuple[Bucket, ...]
+    """Those to be computed, in order."""
+    later: tuple[int, ...]
+    """Those whose time has not come: their starts, in order, as seconds since 1970."""
+    queued: bool
+    """True if closed ones are in the queue."""
+    snapshot: str
+    """In which the notes were seen."""
+
+
 class Look(NamedTuple):
     """What a tick sees before it does anything."""
 
@@ -45,18 +64,20 @@ class Look(NamedTuple):
     """By the database's clock, as seconds since 1970."""
     open: float
     """The bucket that is open, as seconds since 1970; those before it are closed."""
-    notes_seen: str | None
-    """As the job has it. It changes with each tick that sorts notes in, and when a changed rollup takes its place."""
     known: bool
     paused: tuple[str, ...]
     """What is paused of the rollup and the job."""
     history_queued: bool
     partitioned: bool
     """True if the source's partitions are followed."""
-    dirty: bool
-    """True if closed buckets wait."""
     before: Seen
     """What was seen by the last tick that sorted notes in, or by one before it."""
+    notes_seen: str | None
+    """The same, as the job has it. It changes when a tick is done with notes, and when new tables are put in place."""
+    dirty: bool
+    """True if closed buckets wait, or so much that it was not counted."""
+    few: Waiting | None
+    """What waits, None if it can only be sorted into the queue, or if no bucket is closed."""
     seen: str | None
     """The snapshot that shows no note that is not sorted in, None if it may show some."""
     until: float | None
@@ -84,7 +105,8 @@ def _look_at(session: Session, definition: Definition, grain: Grain) -> tuple[Lo
     job, finer = definition.job(grain.name), definition.finer(grain.name)
     before = definition.job(finer.name) if finer else None
     with session.bounded():
-        row = session.fetch_one("rollup.look", rollup=definition.name, job=job, finer=before)
+        values = {"rollup": definition.name, "job": job, "finer": before}
+        row = session.run_at_once(session.statement("rollup.look"), values)[0]
         if max(row.versions, default=0) != LATEST_VERSION:
             raise WrongSchemaError(f"the schema has version {max(row.versions, default=0)}")
         if row.definition is None:
@@ -136,27 +158,53 @@ def _horizon(work: Work, row: Any) -> tuple[float, float | None, float]:
 
 
 def _look(work: Work, row: Any) -> Look:
-    seen = _seen(row, work.here)
+    before = _seen(row, work.here)
     now, until, newest = _horizon(work, row)
-    unseen = work.run("unseen", **seen.parameters(), open=now)[0]
-    noted, closed = unseen.noted, unseen.closed
-    if seen.late and not closed:
-        late = work.run("unseen_late", **seen.parameters(), open=now)[0]
-        noted, closed = noted or late.noted, late.closed
-    paused = (*([work.definition.name] if row.rollup_paused else []), *([work.job] if row.paused else []))
+    queued = row.queued_from is not None and row.queued_from < now
+    rows = _read(work, before, now, queued=queued)
+    many = len(rows) > FEW_BUCKETS or sum(noted.notes for noted in rows) >= FEW_NOTES
+    closed = any(noted.closed for noted in rows)
     return Look(
         started=row.started,
         open=now,
-        notes_seen=row.notes_seen,
         known=row.known,
-        paused=paused,
+        paused=(*([work.definition.name] if row.rollup_paused else []), *([work.job] if row.paused else [])),
         history_queued=row.history_queued,
         partitioned=row.partitioned,
-        dirty=closed or (row.queued_from is not None and row.queued_from < now),
-        before=seen,
-        seen=None if noted else unseen.snapshot,
+        before=before,
+        notes_seen=row.notes_seen,
+        dirty=many or closed,
+        few=_few(rows, queued=queued) if closed and not many else None,
+        # What it shows was seen by the read above, which is younger.
+        seen=None if rows else row.snapshot,
         until=until,
         newest=newest,
+    )
+
+
+def _read(work: Work, before: Seen, now: float, *, queued: bool) -> list[Any]:
+    definition, grain, nothing = work.definition, work.grain, sql.SQL("")
+    has_floor = compose.has_floor(definition, grain)
+    statement = work.reading(
+        "noted",
+        overtaken=work.statement("overtaken") if before.late else nothing,
+        waiting=work.statement("waiting") if queued else nothing,
+        kept=sql.SQL("bucket >= {}").format(compose.floor(definition, grain)) if has_floor else sql.SQL("true"),
+        end=compose.end_of(work.session, grain, sql.SQL("bucket")),
+    )
+    values = {"open": now, "most_buckets": FEW_BUCKETS, "most_notes": FEW_NOTES}
+    return work.session.run_at_once(statement, {**work.parameters, **before.parameters(), **values})
+
+
+def _few(rows: Sequence[Any], *, queued: bool) -> Waiting | None:
+    # Marks that stand for every bucket, and what is not computed anew, can only be sorted in.
+    if not all(noted.kept and noted.start >= EARLIEST for noted in rows):
+        return None
+    return Waiting(
+        closed=tuple(Bucket(int(row.start), int(row.end), shown(row.start)) for row in rows if row.closed),
+        later=tuple(int(row.start) for row in rows if not row.closed),
+        queued=queued,
+        snapshot=rows[0].snapshot,
     )
 
 

@@ -1,37 +1,28 @@
-"""What triggers and finer grains noted: computed at once where it is little, sorted into the queue where it is much."""
+"""What becomes of notes: little is done with once its buckets are computed, much is sorted into the queue."""
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from batchctl.rollup import compose
-from batchctl.rollup.queue import UNLIMITED, Bucket, is_indexed, shown
+from batchctl.rollup.queue import UNLIMITED, is_indexed
 from batchctl.state.database import sql
 
 if TYPE_CHECKING:
-    from batchctl.rollup.look import Look
+    from batchctl.rollup.look import Look, Waiting
     from batchctl.rollup.work import Work
 
 NOTHING = sql.SQL("")
-TRUE = sql.SQL("true")
-EARLIEST = datetime.min.replace(tzinfo=UTC).timestamp()
-"""The first second that can be shown without the help of PostgreSQL, which knows earlier ones."""
 
 
-class Few(NamedTuple):
-    """Buckets that are waiting, where they are few; what was noted of them is still there."""
+class Held(NamedTuple):
+    """What is known of a job once it is held."""
 
-    closed: tuple[Bucket, ...]
-    """Those to be computed, in order."""
-    later: tuple[int, ...]
-    """Those whose time has not come: their starts, in order, as seconds since 1970."""
-    queued: bool
-    """True if closed ones among them are in the queue."""
+    unchanged: bool
+    """True if no note that the look saw was done with since, and no other tables are in place, which would need other
+    measures."""
     occupied: bool
-    """True if the table holds anything between the first and the last that is closed."""
-    snapshot: str
-    """In which the notes were seen."""
+    """True if the table may hold anything of the buckets that wait."""
 
 
 class Late(NamedTuple):
@@ -42,40 +33,17 @@ class Late(NamedTuple):
     last: str = ""
 
 
-def read_few(work: Work, look: Look, held: Any, most: int) -> Few | None:
-    """Read which buckets wait, in the transaction that holds the job; None if they have to be sorted in.
-
-    Args:
-        work: The grain.
-        look: What the tick saw at its beginning.
-        held: The row of the job, as `Work.hold` returns it.
-        most: So many are few.
-    """
-    # By tables that were exchanged since it began, a tick would compute the old measures.
-    if look.notes_seen is None or look.notes_seen != held.notes_seen:
+def hold(work: Work, look: Look, few: Waiting) -> Held | None:
+    """Lock the job until the end of the transaction, to do with little at once; None if it is held elsewhere."""
+    low, high = (sql.Literal(bucket.start) for bucket in (few.closed[0], few.closed[-1]))
+    # Another tick may have computed since the look what was in the queue then.
+    held = work.hold("hold_for_few", occupied=sql.SQL("true") if few.queued else work.occupied(low, high))
+    if held is None:
         return None
-    grain = work.grain
-    queued = held.queued_from is not None and held.queued_from < look.open
-    statement = work.reading(
-        "few",
-        overtaken=work.statement("overtaken") if look.before.late else NOTHING,
-        waiting=work.statement("waiting") if queued else NOTHING,
-        kept=sql.SQL("bucket >= {}").format(compose.floor(work.definition, grain)) if _has_floor(work) else TRUE,
-        end=compose.end_of(work.session, grain, sql.SQL("bucket")),
-    )
-    values = {**work.parameters, **look.before.parameters(), "open": look.open, "most": most}
-    rows = work.session.run(statement, values)
-    # Marks that stand for every bucket, and what is not computed anew, can only be sorted in.
-    if len(rows) > most or not all(row.kept and row.start >= EARLIEST for row in rows):
-        return None
-    closed = tuple(Bucket(int(row.start), int(row.end), shown(row.start)) for row in rows if row.closed)
-    if not closed:
-        return None
-    later = tuple(int(row.start) for row in rows if not row.closed)
-    return Few(closed, later, queued, any(row.occupied for row in rows), rows[0].snapshot)
+    return Held(look.notes_seen is not None and look.notes_seen == held.notes_seen, held.occupied)
 
 
-def finish(work: Work, look: Look, few: Few) -> None:
+def finish(work: Work, look: Look, few: Waiting) -> None:
     """Record the end of a tick that has computed what was closed, in the same transaction.
 
     The notes that were seen are gone then, and buckets that are still open have come into the queue.
@@ -97,11 +65,10 @@ def finish(work: Work, look: Look, few: Few) -> None:
         "started": look.started,
         "until": look.until,
         "closed": [bucket.start for bucket in few.closed],
-        "open": look.open,
         "later": list(few.later),
         "first_later": min(few.later, default=None),
     }
-    work.session.run(statement, values)
+    work.session.run_at_once(statement, values)
 
 
 def sort_in(work: Work, look: Look) -> Late:
@@ -119,7 +86,7 @@ def sort_in(work: Work, look: Look) -> Late:
         too_old=work.statement("too_old") if _has_floor(work) else sql.SQL("NULL::bigint[]"),
     )
     values = {**work.parameters, **look.before.parameters(), "started": look.started}
-    found = work.session.run(statement, values)[0]
+    found = work.session.run_at_once(statement, values)[0]
     # In this order for the reason given in Attempt.
     if found.marked:
         work.compute("queue_target")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING, NamedTuple
 
 from batchctl.errors import ConfigurationError
@@ -12,6 +11,7 @@ from batchctl.rollup.look import look_at
 from batchctl.state.database import sql
 
 if TYPE_CHECKING:
+    from datetime import datetime
     from logging import Logger
 
     from batchctl.rollup.definition import Definition
@@ -31,19 +31,6 @@ class Range(NamedTuple):
     low: int
     high: int
     buckets: int
-
-
-class Bucket(NamedTuple):
-    """A bucket that is no longer in the queue: its start and end as seconds since 1970, and as it is shown."""
-
-    start: int
-    end: int
-    shown: str
-
-
-def shown(bucket: float) -> str:
-    """Write the start of a bucket, given as seconds since 1970, for people."""
-    return datetime.fromtimestamp(bucket, UTC).replace(tzinfo=None).isoformat(" ", "seconds")
 
 
 def queue_history(work: Work) -> None:

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 from batchctl.errors import BatchctlError, ConfigurationError, DatabaseUnavailableError
 from batchctl.guard.pause import lifted_by
 from batchctl.rollup import notes, queue
-from batchctl.rollup.backlog import FIRST_BUCKETS, MOST_BUCKETS, Alone, Chunks, Crew, Pace
+from batchctl.rollup.backlog import MOST_BUCKETS, Alone, Chunks, Crew, Pace
+from batchctl.rollup.bucket import shown
 from batchctl.rollup.chunk import Attempt, since
-from batchctl.rollup.look import look_at
+from batchctl.rollup.look import FEW_BUCKETS, look_at
 from batchctl.rollup.result import Advance, GrainResult
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from batchctl.clock import Clock
     from batchctl.rollup.chunk import Chunk
     from batchctl.rollup.definition import Definition
-    from batchctl.rollup.look import Look
+    from batchctl.rollup.look import Look, Waiting
     from batchctl.rollup.result import Outcome
     from batchctl.rollup.work import Work
     from batchctl.state.database import Session
@@ -108,8 +109,10 @@ def tick(  # noqa: PLR0917 - the first five are what every tick has
         return GrainResult(definition.name, grain, "skipped", "paused", detail=message)
     if not look.known:
         work.run("add_state")
-    if look.history_queued and not (_search(look, work, log) or look.dirty):
-        log.debug(NOTHING, queue.shown(look.newest))
+    if found := look.history_queued and _search(look, work, log):
+        look, work = look_at(session, definition, definition.grain(grain))
+    if look.history_queued and not (found or look.dirty):
+        log.debug(NOTHING, shown(look.newest))
         work.run("nothing", started=look.started, until=look.until, seen=look.seen)
         return GrainResult(definition.name, grain, "empty", duration_seconds=since(begun, clock))
     try:
@@ -126,7 +129,7 @@ def tick(  # noqa: PLR0917 - the first five are what every tick has
         remaining = done.remaining
     else:
         if done.outcome == "empty":
-            log.debug(NOTHING, queue.shown(look.newest))
+            log.debug(NOTHING, shown(look.newest))
         remaining = queue.settle(work, done.outcome, look.until if done.outcome != "failed" else None)
         if done.outcome == "failed":
             # What could not even be sorted in waits too.
@@ -185,11 +188,14 @@ def _begin(call: _Call) -> _Progress | notes.Late:
         What the tick came to, or what was too late if more is waiting or it has to be done bucket by bucket.
     """
     attempt = Attempt(call.work, call.clock, call.log)
+    few = call.look.few
+    if few and len(few.closed) > call.limits.most_buckets:
+        few = None
     try:
-        done = _hold(call, attempt, min(FIRST_BUCKETS, call.limits.most_buckets))
+        done = _hold(call, attempt, few)
     except BatchctlError as error:
         attempt.failed(error)
-        done = _hold(call, attempt, 0)
+        done = _hold(call, attempt, None)
     if done is None:
         return _Progress("success", None, (attempt.succeeded(),), remaining=0)
     if isinstance(done, notes.Late) and done.buckets:
@@ -200,18 +206,17 @@ def _begin(call: _Call) -> _Progress | notes.Late:
     return done
 
 
-def _hold(call: _Call, attempt: Attempt, few: int) -> _Progress | notes.Late | None:
-    """Compute all that waits if it is few buckets (None), or sort the notes in, in a transaction that holds the job."""
+def _hold(call: _Call, attempt: Attempt, few: Waiting | None) -> _Progress | notes.Late | None:
+    """Compute what waits if it is little (None), or sort the notes in, in a transaction that holds the job."""
     work, look = call.work, call.look
     with work.session.transaction():
-        held = work.hold()
+        held = notes.hold(work, look, few) if few else work.hold()
         if held is None:
             return ELSEWHERE
-        found = notes.read_few(work, look, held, few) if few else None
-        if found is None:
+        if few is None or not held.unchanged:
             return notes.sort_in(work, look)
-        attempt.compute(found.closed, occupied=found.occupied)
-        notes.finish(work, look, found)
+        attempt.compute(few.closed, occupied=held.occupied)
+        notes.finish(work, look, few)
     return None
 
 
@@ -252,8 +257,8 @@ def _crew(call: _Call) -> AbstractContextManager[Crew]:
 
 
 def _is_large(work: Work) -> bool:
-    found = queue.pick(work, FIRST_BUCKETS + 1, None)
-    return found is not None and found.buckets > FIRST_BUCKETS
+    found = queue.pick(work, FEW_BUCKETS + 1, None)
+    return found is not None and found.buckets > FEW_BUCKETS
 
 
 def _sum_up(done: Sequence[Chunk], faults: Sequence[Chunk]) -> _Progress:

@@ -59,7 +59,7 @@ class Work:
 
     def run(self, name: str, /, **values: Any) -> list[Any]:
         """Execute a statement of the rollups by its name."""
-        return self.session.run(self.statement(name), {**self.parameters, **values})
+        return self.session.run_at_once(self.statement(name), {**self.parameters, **values})
 
     def statement(self, name: str, /, **parts: sql.Composable) -> sql.Composed:
         """Compose a statement of the rollups by its name, with further pieces."""
@@ -96,7 +96,7 @@ class Work:
 
     def compute(self, name: str, /, **values: Any) -> list[Any]:
         """Execute such a statement."""
-        return self.session.run(self.reading(name), {**self.parameters, **values})
+        return self.session.run_at_once(self.reading(name), {**self.parameters, **values})
 
     def steady(self, statement_timeout: str = STATEMENT_TIMEOUT) -> None:
         """Make the transaction that is open read the same whatever the role's settings are."""
@@ -104,18 +104,23 @@ class Work:
         if _kilobytes(memory.work_mem) < _kilobytes(WORK_MEMORY):
             self.session.run(self.statement("more_memory", work_memory=sql.Literal(WORK_MEMORY)))
 
-    def hold(self, how: str = "hold") -> Any:
+    def hold(self, how: str = "hold", **parts: sql.Composable) -> Any:
         """Do the same and lock the job until the end of the transaction.
 
         Args:
-            how: The kind of lock: `hold`, `hold_for_workers` or `join_holder`.
+            how: The statement that does it: `hold`, `hold_for_few`, `hold_for_workers` or `join_holder`.
+            parts: Its pieces.
 
         Returns:
             The row of the job, None if it is held elsewhere.
         """
         self.steady()
-        rows = self.run(how)
+        rows = self.session.run_at_once(self.statement(how, **parts), self.parameters)
         return rows[0] if rows else None
+
+    def occupied(self, low: sql.Composable, high: sql.Composable) -> sql.Composed:
+        """Write whether the table holds anything from one bucket to another, given as seconds since 1970."""
+        return self.statement("occupied", target=self.target, low=low, high=high)
 
 
 def _kilobytes(memory: str) -> int:

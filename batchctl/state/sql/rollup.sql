@@ -38,31 +38,56 @@ SELECT
 SELECT
     extract(epoch FROM {floor})::float8 AS second, to_char({floor} AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI:SS') AS shown
 
--- name: unseen
--- Whether there are notes of transactions that came after those seen before; an indexed probe.
+-- name: noted
+-- The buckets that unseen notes name, and the closed ones that wait in the queue: one more than `most_buckets` if there
+-- are more, and of no more than `most_notes` notes. An indexed probe where there is nothing.
 SELECT
-    EXISTS (
-        SELECT FROM {schema}.dirty_bucket
-        WHERE rollup = %(rollup)s AND grain = %(grain)s AND xid >= %(unseen_from)s::xid8
-    ) AS noted,
-    EXISTS (
-        SELECT FROM {schema}.dirty_bucket
-        WHERE rollup = %(rollup)s AND grain = %(grain)s AND xid >= %(unseen_from)s::xid8 AND bucket < to_timestamp(%(open)s)
-    ) AS closed,
+    date_part('epoch', bucket) AS start,
+    notes,
+    bucket < to_timestamp(%(open)s) AS closed,
+    {kept} AS kept,
+    CASE WHEN bucket < to_timestamp(%(open)s) THEN {end} END AS end,
     pg_current_snapshot()::text AS snapshot
+FROM (
+    SELECT bucket, count(*) AS notes
+    FROM (
+        (
+            SELECT bucket FROM {schema}.dirty_bucket
+            WHERE rollup = %(rollup)s AND grain = %(grain)s AND xid >= %(unseen_from)s::xid8
+            LIMIT %(most_notes)s
+        )
+        {overtaken}
+        {waiting}
+    ) AS dirty
+    GROUP BY bucket
+    LIMIT %(most_buckets)s + 1
+) AS noted
+ORDER BY bucket
 
--- name: unseen_late
--- The same for transactions that were in progress when they were last looked for.
-SELECT
-    EXISTS (
-        SELECT FROM {schema}.dirty_bucket
-        WHERE rollup = %(rollup)s AND grain = %(grain)s AND xid = ANY (ended.late)
-    ) AS noted,
-    EXISTS (
-        SELECT FROM {schema}.dirty_bucket
-        WHERE rollup = %(rollup)s AND grain = %(grain)s AND xid = ANY (ended.late) AND bucket < to_timestamp(%(open)s)
-    ) AS closed
-FROM (SELECT ARRAY({ended}) AS late) AS ended
+-- name: overtaken
+-- Notes of transactions that were in progress when notes were last looked for: a part of `noted`, like the next one. In
+-- conditions of their own, because no index serves both at once.
+UNION ALL
+(
+    SELECT bucket FROM {schema}.dirty_bucket
+    WHERE rollup = %(rollup)s AND grain = %(grain)s AND xid = ANY (ARRAY({ended}))
+    LIMIT %(most_notes)s
+)
+
+-- name: waiting
+-- Closed buckets of the queue, no more than it takes to see that they are not few.
+UNION ALL
+(
+    SELECT bucket FROM {schema}.queued_bucket
+    WHERE rollup = %(rollup)s AND grain = %(grain)s
+        AND bucket >= (SELECT queued_from FROM {schema}.state WHERE job = %(job)s)
+        AND bucket < to_timestamp(%(open)s)
+    ORDER BY bucket LIMIT %(most_buckets)s + 1
+)
+
+-- name: ended
+-- Which of them have ended in a snapshot. What is in progress still has no note to show, only many to look at.
+SELECT xid FROM unnest(%(late)s::xid8[]) AS xid WHERE pg_visible_in_snapshot(xid, {snapshot})
 
 -- name: add_state
 -- The row of a job, whose lock stands for the job.
@@ -102,10 +127,21 @@ SET LOCAL work_mem = {work_memory}
 -- name: hold
 -- The lock of a job until the end of the transaction, which holds across hosts and behind a transaction pooler; no row
 -- comes back if another session has it.
-SELECT date_part('epoch', queued_from) AS queued_from, notes_seen::text AS notes_seen
+SELECT job FROM {schema}.state WHERE job = %(job)s FOR UPDATE SKIP LOCKED
+
+-- name: hold_for_few
+-- The same; what the job has seen, and whether the table may hold anything of the buckets that are to be computed.
+SELECT notes_seen::text AS notes_seen, {occupied} AS occupied
 FROM {schema}.state
 WHERE job = %(job)s
 FOR UPDATE SKIP LOCKED
+
+-- name: occupied
+-- In this form an index is used also by a planner that takes the table to be small: a part of `hold_for_few` and `take`.
+(
+    SELECT bucket FROM {target} WHERE bucket >= to_timestamp({low}) AND bucket <= to_timestamp({high})
+    ORDER BY bucket LIMIT 1
+) IS NOT NULL
 
 -- name: hold_for_workers
 -- A lock of the job that lets sessions in that say they belong to it.
@@ -229,55 +265,8 @@ RETURNING (SELECT count(*) FROM found) AS buckets
 -- How the changes of a rollup are noticed from now on.
 UPDATE {schema}.rollup SET definition = (definition - 'capture') || {capture}::jsonb WHERE rollup = {rollup}
 
--- name: few
--- The buckets that unseen notes name, and the closed ones that wait in the queue, one more than `most` if there are more.
-SELECT
-    date_part('epoch', bucket) AS start,
-    bucket < to_timestamp(%(open)s) AS closed,
-    {kept} AS kept,
-    CASE WHEN bucket < to_timestamp(%(open)s) THEN {end} END AS end,
-    -- In this form an index is used also by a planner that takes the table to be small.
-    (
-        SELECT bucket FROM {target} AS stored
-        WHERE stored.bucket >= noted.bucket AND stored.bucket <= noted.bucket
-        ORDER BY stored.bucket LIMIT 1
-    ) IS NOT NULL AS occupied,
-    pg_current_snapshot()::text AS snapshot
-FROM (
-    SELECT DISTINCT bucket
-    FROM (
-        SELECT bucket FROM {schema}.dirty_bucket
-        WHERE rollup = %(rollup)s AND grain = %(grain)s AND xid >= %(unseen_from)s::xid8
-        {overtaken}
-        {waiting}
-    ) AS dirty
-    LIMIT %(most)s + 1
-) AS noted
-ORDER BY bucket
-
--- name: overtaken
--- Notes of transactions that were in progress when notes were last looked for: a part of `few`, like the next one. In
--- conditions of their own, because no index serves both at once.
-UNION ALL
-SELECT bucket FROM {schema}.dirty_bucket
-WHERE rollup = %(rollup)s AND grain = %(grain)s AND xid = ANY (ARRAY({ended}))
-
--- name: ended
--- Which of them have ended. What is in progress still has no note to show, only many to look at.
-SELECT xid FROM unnest(%(late)s::xid8[]) AS xid WHERE pg_visible_in_snapshot(xid, {snapshot})
-
--- name: waiting
--- Closed buckets of the queue, no more than it takes to see that they are not few.
-UNION ALL
-(
-    SELECT bucket FROM {schema}.queued_bucket
-    WHERE rollup = %(rollup)s AND grain = %(grain)s
-        AND bucket >= (SELECT queued_from FROM {schema}.state WHERE job = %(job)s) AND bucket < to_timestamp(%(open)s)
-    ORDER BY bucket LIMIT %(most)s + 1
-)
-
 -- name: finish
--- The end of a tick that computed all that was closed. The notes that are gone now are those that `few` saw.
+-- The end of a tick that computed all that was closed. The notes that are gone now are those that `noted` saw.
 WITH seen AS (
     DELETE FROM {schema}.dirty_bucket
     WHERE rollup = %(rollup)s AND grain = %(grain)s
@@ -315,10 +304,11 @@ WHERE job = %(job)s
 )
 
 -- name: staying
--- The first that stays in it.
+-- The first that stays in it, whatever else came into it since the look.
 (
     SELECT bucket FROM {schema}.queued_bucket
-    WHERE rollup = %(rollup)s AND grain = %(grain)s AND bucket >= to_timestamp(%(open)s)
+    WHERE rollup = %(rollup)s AND grain = %(grain)s AND bucket >= state.queued_from
+        AND bucket <> ALL (ARRAY(SELECT to_timestamp(second) FROM unnest(%(closed)s::bigint[]) AS second))
     ORDER BY bucket LIMIT 1
 )
 
@@ -434,11 +424,7 @@ WITH taken AS (
 SELECT
     extract(epoch FROM bucket)::bigint AS start, extract(epoch FROM {next})::bigint AS end,
     to_char(bucket AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI:SS') AS shown,
-    -- In this form an index is used also by a planner that takes the table to be small.
-    (
-        SELECT bucket FROM {target} WHERE bucket >= to_timestamp(%(low)s) AND bucket <= to_timestamp(%(high)s)
-        ORDER BY bucket LIMIT 1
-    ) IS NOT NULL AS occupied
+    {occupied} AS occupied
 FROM taken
 ORDER BY bucket
 
@@ -542,8 +528,8 @@ WITH fresh ({columns}, {rows}) AS MATERIALIZED (
 SELECT
     (SELECT count(*) FROM written) AS rows_written,
     (SELECT count(*) FROM removed) AS rows_deleted,
-    coalesce(sum(fresh.{rows}), 0)::bigint AS source_rows,
-    coalesce(sum(fresh.{events}), 0)::bigint AS events
+    sum(fresh.{rows}) AS source_rows,
+    sum(fresh.{events}) AS events
 FROM fresh
 
 -- name: fill
@@ -558,16 +544,16 @@ WITH fresh ({columns}, {rows}) AS MATERIALIZED (
 ){marks}
 SELECT
     count(*) AS rows_written,
-    0::bigint AS rows_deleted,
-    coalesce(sum(fresh.{rows}), 0)::bigint AS source_rows,
-    coalesce(sum(fresh.{events}), 0)::bigint AS events
+    0 AS rows_deleted,
+    sum(fresh.{rows}) AS source_rows,
+    sum(fresh.{events}) AS events
 FROM fresh
 
 -- name: mark
 -- The parents of buckets that changed, in one coarser grain: a part of `refresh` and `fill`.
 , {name} AS (
     INSERT INTO {schema}.dirty_bucket (rollup, grain, bucket)
-    SELECT DISTINCT %(rollup)s, {grain}, {bucket} FROM changed
+    SELECT %(rollup)s, {grain}, bucket FROM (SELECT DISTINCT {bucket} AS bucket FROM changed) AS parent
 )
 
 -- name: registered
