@@ -96,14 +96,6 @@ def next_bucket(session: Session, grain: Grain, bucket: sql.Composable) -> sql.C
     return sql.SQL("{} + {}").format(bucket, _width(grain))
 
 
-def end_of(session: Session, grain: Grain, bucket: sql.Composable) -> sql.Composed:
-    """Write the end of a bucket as seconds since 1970."""
-    if grain.zone:
-        return sql.SQL("date_part('epoch', {})").format(next_bucket(session, grain, bucket))
-    # A session that is new looks up less for this than for a sum of a time and an interval.
-    return sql.SQL("date_part('epoch', {}) + {}::float8").format(bucket, sql.Literal(grain.seconds))
-
-
 def open_bucket(session: Session, definition: Definition, grain: Grain) -> sql.Composed:
     """Write the bucket that is open now by the database's clock; those before it are closed."""
     settle = text(f"{definition.settle_seconds} seconds")

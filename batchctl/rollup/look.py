@@ -103,10 +103,10 @@ def look_at(session: Session, definition: Definition, grain: Grain) -> tuple[Loo
 
 def _look_at(session: Session, definition: Definition, grain: Grain) -> tuple[Look, Work]:
     job, finer = definition.job(grain.name), definition.finer(grain.name)
-    before = definition.job(finer.name) if finer else None
+    finer_until = session.statement("rollup.finer_until") if finer else sql.SQL("NULL")
+    values = {"rollup": definition.name, "job": job, "finer": definition.job(finer.name) if finer else None}
     with session.bounded():
-        values = {"rollup": definition.name, "job": job, "finer": before}
-        row = session.run_at_once(session.statement("rollup.look"), values)[0]
+        row = session.run_at_once(session.statement("rollup.look", finer_until=finer_until), values)[0]
         if max(row.versions, default=0) != LATEST_VERSION:
             raise WrongSchemaError(f"the schema has version {max(row.versions, default=0)}")
         if row.definition is None:
@@ -163,7 +163,7 @@ def _look(work: Work, row: Any) -> Look:
     queued = row.queued_from is not None and row.queued_from < now
     rows = _read(work, before, now, queued=queued)
     many = len(rows) > FEW_BUCKETS or sum(noted.notes for noted in rows) >= FEW_NOTES
-    closed = any(noted.closed for noted in rows)
+    closed = bool(rows) and rows[0].start < now
     return Look(
         started=row.started,
         open=now,
@@ -174,7 +174,7 @@ def _look(work: Work, row: Any) -> Look:
         before=before,
         notes_seen=row.notes_seen,
         dirty=many or closed,
-        few=_few(rows, queued=queued) if closed and not many else None,
+        few=_few(work, rows, row, now, queued=queued) if closed and not many else None,
         # What it shows was seen by the read above, which is younger.
         seen=None if rows else row.snapshot,
         until=until,
@@ -183,29 +183,34 @@ def _look(work: Work, row: Any) -> Look:
 
 
 def _read(work: Work, before: Seen, now: float, *, queued: bool) -> list[Any]:
-    definition, grain, nothing = work.definition, work.grain, sql.SQL("")
-    has_floor = compose.has_floor(definition, grain)
+    nothing = sql.SQL("")
     statement = work.reading(
         "noted",
         overtaken=work.statement("overtaken") if before.late else nothing,
         waiting=work.statement("waiting") if queued else nothing,
-        kept=sql.SQL("bucket >= {}").format(compose.floor(definition, grain)) if has_floor else sql.SQL("true"),
-        end=compose.end_of(work.session, grain, sql.SQL("bucket")),
+        end=work.reading("local_end") if work.grain.zone else nothing,
     )
     values = {"open": now, "most_buckets": FEW_BUCKETS, "most_notes": FEW_NOTES}
-    return work.session.run_at_once(statement, {**work.parameters, **before.parameters(), **values})
+    rows = work.session.run_at_once(statement, {**work.parameters, **before.parameters(), **values})
+    return sorted(rows, key=lambda noted: float(noted.start))
 
 
-def _few(rows: Sequence[Any], *, queued: bool) -> Waiting | None:
+def _few(work: Work, rows: Sequence[Any], row: Any, now: float, *, queued: bool) -> Waiting | None:
     # Marks that stand for every bucket, and what is not computed anew, can only be sorted in.
-    if not all(noted.kept and noted.start >= EARLIEST for noted in rows):
+    floor = row.started - work.definition.retention_seconds
+    if rows[0].start < (max(floor, EARLIEST) if compose.has_floor(work.definition, work.grain) else EARLIEST):
         return None
-    return Waiting(
-        closed=tuple(Bucket(int(row.start), int(row.end), shown(row.start)) for row in rows if row.closed),
-        later=tuple(int(row.start) for row in rows if not row.closed),
-        queued=queued,
-        snapshot=rows[0].snapshot,
+    closed = (
+        Bucket(
+            int(noted.start),
+            int(noted.end if work.grain.zone else noted.start + work.grain.seconds),
+            shown(noted.start),
+        )
+        for noted in rows
+        if noted.start < now
     )
+    later = (int(noted.start) for noted in rows if noted.start >= now)
+    return Waiting(tuple(closed), tuple(later), queued, rows[0].snapshot)
 
 
 def _seen(row: Any, here: str) -> Seen:

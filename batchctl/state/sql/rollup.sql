@@ -16,15 +16,19 @@ SELECT
     current_database() AS database,
     pg_current_snapshot()::text AS snapshot,
     state.job IS NOT NULL AS known,
-    coalesce(state.paused, false) AS paused,
-    coalesce((SELECT paused FROM {schema}.state WHERE job = %(rollup)s), false) AS rollup_paused,
+    state.paused,
+    (SELECT paused FROM {schema}.state WHERE job = %(rollup)s) AS rollup_paused,
     date_part('epoch', state.queued_from) AS queued_from,
-    (SELECT date_part('epoch', aggregated_until) FROM {schema}.state WHERE job = %(finer)s) AS finer_until,
+    {finer_until} AS finer_until,
     state.notes_seen::text AS notes_seen,
     state.notes_seen_in
 FROM pg_control_system()
 LEFT JOIN {schema}.rollup AS registered ON registered.rollup = %(rollup)s
 LEFT JOIN {schema}.state AS state ON state.job = %(job)s
+
+-- name: finer_until
+-- How far the next finer grain has looked: a part of `look`.
+(SELECT date_part('epoch', aggregated_until) FROM {schema}.state WHERE job = %(finer)s)
 
 -- name: local_horizon
 -- The bucket that is open now, how far a tick looks, and the bucket before: for local days, whose length differs.
@@ -41,32 +45,26 @@ SELECT
 -- name: noted
 -- The buckets that unseen notes name, and the closed ones that wait in the queue: one more than `most_buckets` if there
 -- are more, and of no more than `most_notes` notes. An indexed probe where there is nothing.
-SELECT
-    date_part('epoch', bucket) AS start,
-    notes,
-    bucket < to_timestamp(%(open)s) AS closed,
-    {kept} AS kept,
-    CASE WHEN bucket < to_timestamp(%(open)s) THEN {end} END AS end,
-    pg_current_snapshot()::text AS snapshot
+SELECT date_part('epoch', bucket) AS start, count(*) AS notes, pg_current_snapshot()::text AS snapshot{end}
 FROM (
-    SELECT bucket, count(*) AS notes
-    FROM (
-        (
-            SELECT bucket FROM {schema}.dirty_bucket
-            WHERE rollup = %(rollup)s AND grain = %(grain)s AND xid >= %(unseen_from)s::xid8
-            LIMIT %(most_notes)s
-        )
-        {overtaken}
-        {waiting}
-    ) AS dirty
-    GROUP BY bucket
-    LIMIT %(most_buckets)s + 1
+    (
+        SELECT bucket FROM {schema}.dirty_bucket
+        WHERE rollup = %(rollup)s AND grain = %(grain)s AND xid >= %(unseen_from)s::xid8
+        LIMIT %(most_notes)s
+    )
+    {overtaken}
+    {waiting}
 ) AS noted
-ORDER BY bucket
+GROUP BY bucket
+LIMIT %(most_buckets)s + 1
+
+-- name: local_end
+-- The end of a closed bucket, for local days, whose length differs: a part of `noted`, like the next ones.
+, CASE WHEN bucket < to_timestamp(%(open)s) THEN date_part('epoch', {next}) END AS end
 
 -- name: overtaken
--- Notes of transactions that were in progress when notes were last looked for: a part of `noted`, like the next one. In
--- conditions of their own, because no index serves both at once.
+-- Notes of transactions that were in progress when notes were last looked for, in a condition of their own, because no
+-- index serves both at once.
 UNION ALL
 (
     SELECT bucket FROM {schema}.dirty_bucket
@@ -110,11 +108,11 @@ WHERE state.job = held.job
 -- What a transaction reads must not depend on its role or host: rows that a policy hides are an error rather than a
 -- smaller sum, and casts of times and numbers are in one form. Compiling a chunk's statement takes longer (0.1 s) than
 -- running it. A chunk that a crash of the server loses is in the queue again, so it need not wait for the disk. Neither a
--- lock nor a client that is gone keeps the job for long.
+-- lock nor a client that is gone keeps the job for long. (GMT is UTC without a look into the files of time zones.)
 SHOW work_mem;
 SET LOCAL extra_float_digits = 1;
 SET LOCAL row_security = off;
-SET LOCAL TimeZone = 'UTC';
+SET LOCAL TimeZone = 'GMT';
 SET LOCAL jit = off;
 SET LOCAL synchronous_commit = off;
 SET LOCAL lock_timeout = '10s';
