@@ -46,7 +46,10 @@ def filling(work: Work, *, ranges: int, buckets: int) -> sql.Composed:
         buckets: How many buckets.
     """
     derivations = (values.shown(measure, work.places) for measure in _derived(work.definition))
-    return work.session.statement("rollup.fill", **_shared(work, ranges, buckets), derivations=_further(derivations))
+    # There is nothing to tell apart of one bucket.
+    changed = sql.SQL("SELECT bucket FROM fresh LIMIT 1" if buckets == 1 else "SELECT DISTINCT bucket FROM fresh")
+    shared = _shared(work, ranges, buckets)
+    return work.session.statement("rollup.fill", **shared, derivations=_further(derivations), changed=changed)
 
 
 def replacement(work: Work, *, ranges: int, buckets: int) -> sql.Composed:

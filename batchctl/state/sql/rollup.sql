@@ -538,7 +538,7 @@ WITH fresh ({columns}, {rows}) AS MATERIALIZED (
     INSERT INTO {target} ({columns}{derived})
     SELECT {columns}{derivations} FROM fresh ORDER BY {order}
 ), changed AS (
-    SELECT DISTINCT bucket FROM fresh
+    {changed}
 ){marks}
 SELECT
     count(*) AS rows_written,
