@@ -236,11 +236,15 @@ def comments(session: Session, definition: Definition, places: Places, grain: st
 
 def _body(session: Session, definition: Definition) -> str:
     finest = definition.finest
+    pieces = {
+        "rollup": sql.Literal(definition.name),
+        "grain": sql.Literal(finest.name),
+        "bucket": compose.bucket_of(session, finest, sql.Identifier(definition.time)),
+    }
     body = session.statement(
         "rollup.capture_body",
-        rollup=sql.Literal(definition.name),
-        grain=sql.Literal(finest.name),
-        bucket=compose.bucket_of(session, finest, sql.Identifier(definition.time)),
+        **pieces,
         time=sql.Identifier(definition.time),
+        touched=session.statement("rollup.touched", **pieces),
     )
     return f"\n{body.as_string()}\n"

@@ -187,3 +187,79 @@ def test_an_idle_tick_writes_one_row_and_no_transaction_waits_for_it(session):
     assert tick(session, DEFINITION, "1m", CLOCK, LOG).outcome == "empty"
     written = session.connection.execute("SELECT pg_current_wal_insert_lsn() - %s::pg_lsn", [before]).fetchone()[0]
     assert written < 20_000
+
+
+def test_many_rows_are_hashed_whatever_the_session_inserted_before(session):
+    with psycopg.connect(session.connection.info.dsn, autocommit=True) as writer:
+        writer.execute("SET client_min_messages = log")
+        writer.execute("SET trace_sort = on")
+        sorts = []
+        writer.add_notice_handler(lambda notice: sorts.append(notice.message_primary))
+        for rows in (2, 2000):
+            sorts.clear()
+            writer.execute(
+                "INSERT INTO fact_events SELECT '2025-11-13 07:00Z'::timestamptz + number * interval '1 minute' "
+                "FROM generate_series(1, %s) AS number",
+                [rows],
+            )
+            # The first shows that there is another plan, which the session would have kept.
+            assert bool(sorts) == (rows == 2)
+    assert tick(session, DEFINITION, "1m", CLOCK, LOG).buckets == 2000
+
+
+def test_few_notes_wait_in_the_queue_until_their_buckets_are_closed(session):
+    insert(session.connection)
+    assert tick(session, DEFINITION, "1m", CLOCK, LOG).buckets == 1
+    insert(session.connection, "06:52")
+    session.connection.execute(
+        "INSERT INTO fact_events VALUES (now() + interval '1 hour'), (now() + interval '3 hours')"
+    )
+    result = tick(session, DEFINITION, "1m", CLOCK, LOG)
+    assert (result.outcome, result.buckets, result.remaining_buckets) == ("success", 1, 0)
+    assert queue(session) == ([1, 3], True)
+    assert session.connection.execute("SELECT count(*) FROM batchctl.dirty_bucket").fetchone()[0] == 0
+
+
+def test_what_came_into_the_queue_after_the_look_stays_there(session, database_url):
+    for minute in ("06:50", "06:51"):
+        insert(session.connection, minute)
+        tick(session, DEFINITION, "1m", CLOCK, LOG)
+    # Closed, and in the queue as if it had been open before.
+    enqueue = (
+        "INSERT INTO batchctl.queued_bucket VALUES ('trend', '1m', '2025-11-13 {}Z'); "
+        "UPDATE batchctl.state SET queued_from = least(queued_from, '2025-11-13 {}Z')"
+    )
+    session.connection.execute(enqueue.format("06:50", "06:50"))
+    run = session.run
+    with psycopg.connect(database_url, autocommit=True) as other:
+
+        def interfere(statement, parameters=None):
+            rows = run(statement, parameters)
+            if "AS noted" in statement.as_string():
+                other.execute(enqueue.format("06:49", "06:49"))
+                other.execute("INSERT INTO fact_events VALUES ('2025-11-13 06:49Z')")
+            return rows
+
+        session.run = interfere
+        assert tick(session, DEFINITION, "1m", CLOCK, LOG).buckets == 1
+    session.run = run
+    assert tick(session, DEFINITION, "1m", CLOCK, LOG).buckets == 1
+    assert tick(session, DEFINITION, "1m", CLOCK, LOG).outcome == "empty"
+    assert session.connection.execute("SELECT sum(events) FROM agg_1m").fetchone()[0] == 3
+
+
+@pytest.mark.parametrize("notes", [10, 60_000])
+def test_more_notes_than_are_read_at_once_are_sorted_in(session, notes):
+    insert(session.connection)
+    tick(session, DEFINITION, "1m", CLOCK, LOG)
+    session.connection.execute(
+        "INSERT INTO batchctl.dirty_bucket (rollup, grain, bucket) "
+        "SELECT 'trend', '1m', '2025-11-13 06:52Z' FROM generate_series(1, %s)",
+        [notes],
+    )
+    insert(session.connection, "06:52")
+    with overheard(session) as statements:
+        assert tick(session, DEFINITION, "1m", CLOCK, LOG).buckets == 1
+    assert any("taken_late" in statement for statement in statements) == (notes > 10)
+    assert session.connection.execute("SELECT count(*) FROM batchctl.dirty_bucket").fetchone()[0] == 0
+    assert tick(session, DEFINITION, "1m", CLOCK, LOG).outcome == "empty"

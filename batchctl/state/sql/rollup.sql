@@ -697,9 +697,15 @@ BEGIN
         LIMIT 2;
         GET DIAGNOSTICS batchctl_touched = ROW_COUNT;
         IF batchctl_touched = 2 THEN
-            INSERT INTO {schema}.dirty_bucket (rollup, grain, bucket)
-            SELECT {rollup}, {grain}, touched.bucket
-            FROM (SELECT DISTINCT {bucket} AS bucket FROM new_rows WHERE isfinite({time})) AS touched;
+            -- A session keeps the plan that it makes first. That for few rows sorts them, which many take twice as long for
+            -- as for hashing, so many have a statement of their own.
+            IF EXISTS (SELECT FROM new_rows OFFSET 1000) THEN
+                INSERT INTO {schema}.dirty_bucket (rollup, grain, bucket)
+                {touched};
+            ELSE
+                INSERT INTO {schema}.dirty_bucket (rollup, grain, bucket)
+                {touched};
+            END IF;
         END IF;
     ELSIF TG_OP = 'UPDATE' THEN
         INSERT INTO {schema}.dirty_bucket (rollup, grain, bucket)
@@ -718,6 +724,13 @@ BEGIN
     END IF;
     RETURN NULL;
 END
+
+-- name: touched
+-- The buckets of rows that were inserted: a part of `capture_body`. A bucket is infinite if its times are; asking for that
+-- at the end, behind OFFSET 0, asks it of buckets and not of rows.
+SELECT {rollup}, {grain}, touched.bucket
+FROM (SELECT DISTINCT {bucket} AS bucket FROM new_rows OFFSET 0) AS touched
+WHERE isfinite(touched.bucket)
 
 -- name: create_function
 -- Runs with its owner's rights, so that the application's role needs none here, on a path that nobody else can write.
