@@ -61,7 +61,7 @@ def refresh_chunk(work: Work, span: Range, clock: Clock, log: Logger, *, hold: s
 class Attempt:
     """One attempt to recompute buckets, in a transaction that holds the job.
 
-    First they leave the queue, then the source is read, in two statements: the second sees at least what the first saw.
+    First is seen what waits, then the source is read, in two statements: the second sees at least what the first saw.
     A writer that commits in between leaves a note, which the first did not see; its bucket is computed again.
 
     Args:
@@ -85,7 +85,7 @@ class Attempt:
             self.compute([Bucket(row.start, row.end, row.shown) for row in taken], occupied=taken[0].occupied)
 
     def compute(self, taken: Sequence[Bucket], *, occupied: bool) -> None:
-        """Replace buckets that have left the queue, or never came into it.
+        """Replace buckets that have left the queue, or leave it in the same transaction.
 
         Args:
             taken: The buckets, in order.

@@ -62,8 +62,6 @@ class Look(NamedTuple):
 
     started: float
     """By the database's clock, as seconds since 1970."""
-    open: float
-    """The bucket that is open, as seconds since 1970; those before it are closed."""
     known: bool
     paused: tuple[str, ...]
     """What is paused of the rollup and the job."""
@@ -71,9 +69,10 @@ class Look(NamedTuple):
     partitioned: bool
     """True if the source's partitions are followed."""
     before: Seen
-    """What was seen by the last tick that sorted notes in, or by one before it."""
+    """What was seen by the last tick that was done with notes, or by one before it."""
     notes_seen: str | None
-    """The same, as the job has it. It changes when a tick is done with notes, and when new tables are put in place."""
+    """The same, as the job has it; None if there is none, or if it means nothing here. It changes when a tick is done
+    with notes, and when new tables are put in place."""
     dirty: bool
     """True if closed buckets wait, or so much that it was not counted."""
     few: Waiting | None
@@ -158,7 +157,8 @@ def _horizon(work: Work, row: Any) -> tuple[float, float | None, float]:
 
 
 def _look(work: Work, row: Any) -> Look:
-    before = _seen(row, work.here)
+    seen = _seen(row, work.here)
+    before = seen or Seen()
     now, until, newest = _horizon(work, row)
     queued = row.queued_from is not None and row.queued_from < now
     rows = _read(work, before, now, queued=queued)
@@ -166,13 +166,12 @@ def _look(work: Work, row: Any) -> Look:
     closed = bool(rows) and rows[0].start < now
     return Look(
         started=row.started,
-        open=now,
         known=row.known,
         paused=(*([work.definition.name] if row.rollup_paused else []), *([work.job] if row.paused else [])),
         history_queued=row.history_queued,
         partitioned=row.partitioned,
         before=before,
-        notes_seen=row.notes_seen,
+        notes_seen=row.notes_seen if seen else None,
         dirty=many or closed,
         few=_few(work, rows, row, now, queued=queued) if closed and not many else None,
         # What it shows was seen by the read above, which is younger.
@@ -213,13 +212,13 @@ def _few(work: Work, rows: Sequence[Any], row: Any, now: float, *, queued: bool)
     return Waiting(tuple(closed), tuple(later), queued, rows[0].snapshot)
 
 
-def _seen(row: Any, here: str) -> Seen:
+def _seen(row: Any, here: str) -> Seen | None:
     # The numbers of transactions mean something in one cluster and database only, and in a restored dump they may be
     # beyond the next one.
     if row.notes_seen is None or row.notes_seen_in != here:
-        return Seen()
+        return None
     seen = Seen.read(row.notes_seen)
-    return seen if seen.unseen_from <= Seen.read(row.snapshot).unseen_from else Seen()
+    return seen if seen.unseen_from <= Seen.read(row.snapshot).unseen_from else None
 
 
 def _advice(session: Session, name: str, *, switched: bool) -> str:

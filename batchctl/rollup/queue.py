@@ -42,17 +42,18 @@ def queue_history(work: Work) -> None:
             finest.compute("queue_dense_history" if _is_dense(finest) else "queue_history")
 
 
-def look_back(work: Work) -> bool:
-    """Queue the closed buckets since the last tick, and `lookback` before them; False if there are none.
+def look_back(work: Work) -> bool | None:
+    """Queue the closed buckets since the last tick, and `lookback` before them.
 
-    True as well if the job is held elsewhere, which is for the refresh to find.
+    Returns:
+        True if there are any, None if the job is held elsewhere.
     """
     seconds = compose.text(f"{work.definition.lookback_seconds} seconds")
     since = sql.SQL("{} - interval {}").format(work.session.statement("rollup.looked_until"), seconds)
     statement = work.reading("look_back", first=compose.bucket_of(work.session, work.grain, since))
     with work.session.transaction():
         if not work.hold():
-            return True
+            return None
         work.steady(UNLIMITED)
         return bool(work.session.run(statement, work.parameters)[0].buckets)
 

@@ -109,14 +109,18 @@ def tick(  # noqa: PLR0917 - the first five are what every tick has
         return GrainResult(definition.name, grain, "skipped", "paused", detail=message)
     if not look.known:
         work.run("add_state")
-    if found := look.history_queued and _search(look, work, log):
-        look, work = look_at(session, definition, definition.grain(grain))
-    if look.history_queued and not (found or look.dirty):
+    found = look.history_queued and _search(look, work, log)
+    if found:
+        again, work = look_at(session, definition, definition.grain(grain))
+        # What the search looked at ends at the first look, however long it took.
+        look = again._replace(until=look.until)
+    if look.history_queued and found is False and not look.dirty:
         log.debug(NOTHING, shown(look.newest))
-        work.run("nothing", started=look.started, until=look.until, seen=look.seen)
+        values = {"seen": look.seen, "notes_seen": look.notes_seen}
+        work.run("nothing", started=look.started, until=look.until, **values)
         return GrainResult(definition.name, grain, "empty", duration_seconds=since(begun, clock))
     try:
-        done = _catch_up(_Call(work, look, deadline, limits, clock, log))
+        done = ELSEWHERE if found is None else _catch_up(_Call(work, look, deadline, limits, clock, log))
     except ConfigurationError:
         work.run("end", outcome="failed", until=None)
         raise
@@ -234,8 +238,12 @@ def _teller(call: _Call) -> Callable[[Sequence[Chunk]], None]:
     return tell
 
 
-def _search(look: Look, work: Work, log: Logger) -> bool:
-    """Notice what no trigger does: partitions that came or went, and all with `lookback`; True if that found any."""
+def _search(look: Look, work: Work, log: Logger) -> bool | None:
+    """Notice what no trigger does: partitions that came or went, and all with `lookback`.
+
+    Returns:
+        True if that found any, None if it has to be left to another tick, which holds the job.
+    """
     if work.grain != work.definition.finest:
         return False
     if work.definition.lookback_seconds:

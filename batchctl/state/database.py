@@ -37,19 +37,19 @@ LASTING = ("22", "23")
 
 BOUNDS = sql.SQL(
     "SHOW synchronous_commit; "
+    "SET LOCAL extra_float_digits = 1; "
     "SET LOCAL lock_timeout = {lock}; "
     "SET LOCAL statement_timeout = {statement}; "
     "SET LOCAL idle_in_transaction_session_timeout = '20s'"
 )
 """What holds in a transaction of ours, whatever the role's defaults are: nothing waits for long, neither for a lock nor
-holding one for a client that is gone."""
+holding one for a client that is gone, and numbers come in all their digits also as text."""
 DURABLE = sql.SQL("SET LOCAL synchronous_commit = on")
 """Nor is what was committed lost in a crash of the server."""
 
 # A client that vanished must not keep locks, and a server that vanished must not keep the client.
 CONNECTION_DEFAULTS: Mapping[str, Any] = {
     "application_name": "batchctl",
-    "client_encoding": "UTF8",
     "connect_timeout": CONNECT_SECONDS,
     "keepalives_idle": 30,
     "keepalives_interval": 10,
@@ -106,7 +106,10 @@ class Session:
 
         The server then parses, plans and runs it in one go: it copies nothing for a second use, a tenth of the time.
         """
-        text: Any = psycopg.ClientCursor(self.connection).mogrify(statement, parameters)
+        try:
+            text: Any = psycopg.ClientCursor(self.connection).mogrify(statement, parameters)
+        except psycopg.Error as error:
+            raise _translate(error, self._place) from error
         return self.run(sql.SQL(text))
 
     def fetch(self, name: str, /, **parameters: Any) -> list[Any]:
@@ -160,7 +163,8 @@ class Database:
     def __init__(
         self, parameters: Mapping[str, Any], schema: str, clock: Clock, server: EmbeddedServer | None = None
     ) -> None:
-        self.parameters = {**CONNECTION_DEFAULTS, **parameters}
+        # Names and messages may hold any letter.
+        self.parameters = {**CONNECTION_DEFAULTS, **parameters, "client_encoding": "UTF8"}
         self.schema = schema
         self.place = _place(parameters) if server is None else "the embedded database"
         """Name of the database for messages, without secrets."""

@@ -13,7 +13,9 @@ from rollup_source import DEFINITION, PARTITIONED, create_source, differences
 
 from batchctl.clock import SystemClock
 from batchctl.errors import ConfigurationError
+from batchctl.rollup import refresh
 from batchctl.rollup.ddl import migrate
+from batchctl.rollup.look import look_at
 from batchctl.rollup.queue import rebuild
 from batchctl.rollup.refresh import tick
 from batchctl.state.database import Database
@@ -123,6 +125,24 @@ def test_looks_back_from_the_last_tick_however_long_ago_that_was(session):
     insert(session, "2 days", "73 hours", "75 hours")
     ticks(session)
     assert counted(session) == 3
+
+
+def test_a_long_look_back_does_not_skip_what_closed_meanwhile(session, monkeypatch):
+    started(session, "10 minutes")
+    looks = []
+
+    def look_later(*arguments):
+        look, work = look_at(*arguments)
+        looks.append(look.until)
+        return look._replace(until=look.until + (len(looks) - 1) * HOURS), work
+
+    monkeypatch.setattr(refresh, "look_at", look_later)
+    tick(session, LOOKING_BACK, "1m", CLOCK, LOG)
+    assert len(looks) == 2
+    (until,) = execute(
+        session, "SELECT extract(epoch FROM aggregated_until)::float8 FROM batchctl.state WHERE job = 'trend/1m'"
+    ).fetchone()
+    assert until == looks[0]
 
 
 def test_leaves_buckets_below_the_retention_as_they_are(session):

@@ -207,6 +207,17 @@ def test_many_rows_are_hashed_whatever_the_session_inserted_before(session):
     assert tick(session, DEFINITION, "1m", CLOCK, LOG).buckets == 2000
 
 
+def test_the_digits_that_a_role_asks_for_are_of_no_matter(session):
+    session.connection.execute("SET extra_float_digits = -15")
+    for _ in range(2):
+        insert(session.connection)
+        assert tick(session, DEFINITION, "1m", CLOCK, LOG).buckets == 1
+        assert tick(session, DEFINITION, "1m", CLOCK, LOG).outcome == "empty"
+    assert session.connection.execute("SELECT bucket::text, events FROM agg_1m").fetchall() == [
+        ("2025-11-13 06:51:00+00", 2)
+    ]
+
+
 def test_few_notes_wait_in_the_queue_until_their_buckets_are_closed(session):
     insert(session.connection)
     assert tick(session, DEFINITION, "1m", CLOCK, LOG).buckets == 1

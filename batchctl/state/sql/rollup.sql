@@ -94,14 +94,21 @@ INSERT INTO {schema}.state (job) VALUES (%(job)s) ON CONFLICT DO NOTHING
 -- name: nothing
 -- A tick that found nothing to do, in one row version; not worth a wait for the disk.
 WITH setting AS MATERIALIZED (SELECT set_config('synchronous_commit', 'off', true)),
-held AS MATERIALIZED (SELECT job FROM {schema}.state WHERE job = %(job)s FOR UPDATE SKIP LOCKED)
+held AS MATERIALIZED (
+    SELECT job, notes_seen::text AS notes_seen FROM {schema}.state WHERE job = %(job)s FOR UPDATE SKIP LOCKED
+), remembered AS (
+    SELECT
+        %(seen)s::text IS NOT NULL
+            AND (held.notes_seen IS NOT DISTINCT FROM %(notes_seen)s::text OR %(notes_seen)s::text IS NULL) AS now
+    FROM held
+)
 UPDATE {schema}.state AS state
 SET last_started_at = to_timestamp(%(started)s), last_completed_at = clock_timestamp(), last_outcome = 'empty',
     aggregated_until = greatest(state.aggregated_until, to_timestamp(%(until)s)),
-    -- An older snapshot than another session's is right too, only not as quick.
-    notes_seen = coalesce(%(seen)s::pg_snapshot, state.notes_seen),
-    notes_seen_in = CASE WHEN %(seen)s::text IS NULL THEN state.notes_seen_in ELSE %(here)s END
-FROM setting, held
+    -- Not if somebody else was done with notes since, or new tables are in place: what they left tells others of it.
+    notes_seen = CASE WHEN remembered.now THEN %(seen)s::pg_snapshot ELSE state.notes_seen END,
+    notes_seen_in = CASE WHEN remembered.now THEN %(here)s ELSE state.notes_seen_in END
+FROM setting, held, remembered
 WHERE state.job = held.job
 
 -- name: steady
