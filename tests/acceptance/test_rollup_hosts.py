@@ -18,6 +18,9 @@ pytestmark = pytest.mark.any_user
 
 SEED = int(os.environ.get("BATCHCTL_TEST_SEED", "0")) or random.SystemRandom().randrange(1, 10**9)
 SECONDS = 8
+PATIENCE_SECONDS = 60
+"""How long they may take to be in each other's way, where the machine lets few calls run at once."""
+MET = {"success", "running", "running_elsewhere"}
 WRITERS = 3
 PAUSE_SECONDS = 0.05
 HISTORY = """
@@ -49,20 +52,24 @@ def test_hosts_that_aggregate_at_once_neither_fail_nor_differ(tmp_path, database
             # Without an end the calls would go on as long as the writers do.
             host.configure(CONFIGURATION.replace('settle = "0s"', 'settle = "0s"\nbudget = "1s"'))
         hosts["one"]("migrate")
-        until = CLOCK.monotonic() + SECONDS
+        begun = CLOCK.monotonic()
         partitioned = source == PARTITIONED
         writers = [
             Writer(database_url, number, random.Random(f"{SEED}/{number}"), partitioned) for number in range(WRITERS)
         ]
         seen: Counter[str] = Counter()
 
+        def going_on():
+            age = CLOCK.monotonic() - begun
+            return age < SECONDS or (age < PATIENCE_SECONDS and not seen.keys() >= MET)
+
         def write(writer):
-            while CLOCK.monotonic() < until:
+            while going_on():
                 writer.play(5)
                 CLOCK.sleep(PAUSE_SECONDS)
 
         def call(name, grains, jobs):
-            while CLOCK.monotonic() < until:
+            while going_on():
                 asked = (f"--grain={grain}" for grain in grains)
                 process = hosts[name].start("aggregate", "--json", f"--jobs={jobs}", *asked)
                 stdout, stderr = process.communicate(timeout=60)
@@ -80,7 +87,7 @@ def test_hosts_that_aggregate_at_once_neither_fail_nor_differ(tmp_path, database
                 writer.connection.close()
         print(f"calls: {dict(seen)}")  # noqa: T201 - shown with a failure
         # They were in each other's way, on one host by its lock, and beyond by that of the database.
-        assert {"success", "running", "running_elsewhere"} <= seen.keys()
+        assert seen.keys() >= MET
         assert seen.keys() <= {"success", "empty", "running", "running_elsewhere"}
         hosts["two"].configure(CONFIGURATION)
         last = hosts["two"].json("aggregate")["rollups"]
