@@ -79,8 +79,7 @@ class Attempt:
         """Take the buckets of a range out of the queue and replace them."""
         work = self._work
         statement = work.reading("take", occupied=work.occupied(sql.SQL("%(low)s"), sql.SQL("%(high)s")))
-        values = {"low": span.low, "high": span.high, "definition": work.described}
-        taken = work.session.run_at_once(statement, {**work.parameters, **values})
+        taken = work.execute(statement, low=span.low, high=span.high, definition=work.described)
         if taken:
             self.compute([Bucket(row.start, row.end, row.shown) for row in taken], occupied=taken[0].occupied)
 
@@ -126,9 +125,7 @@ def _compute(work: Work, taken: Sequence[Bucket], *, occupied: bool) -> Any:
         if len(ranges) > 1
         else {"low": ranges[0][0], "high": ranges[0][1]}
     )
-    return work.session.run_at_once(statement, {**work.parameters, **limits, "buckets": [row.start for row in taken]})[
-        0
-    ]
+    return work.execute(statement, **limits, buckets=[bucket.start for bucket in taken])[0]
 
 
 def _lies_in_the_rows(error: BatchctlError) -> bool:

@@ -189,8 +189,8 @@ def _read(work: Work, before: Seen, now: float, *, queued: bool) -> list[Any]:
         waiting=work.statement("waiting") if queued else nothing,
         end=work.reading("local_end") if work.grain.zone else nothing,
     )
-    values = {"open": now, "most_buckets": FEW_BUCKETS, "most_notes": FEW_NOTES}
-    rows = work.session.run_at_once(statement, {**work.parameters, **before.parameters(), **values})
+    values = {**before.parameters(), "open": now, "most_buckets": FEW_BUCKETS, "most_notes": FEW_NOTES}
+    rows = work.execute(statement, **values)
     return sorted(rows, key=lambda noted: float(noted.start))
 
 

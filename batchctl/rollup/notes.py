@@ -59,7 +59,6 @@ def finish(work: Work, look: Look, few: Waiting) -> None:
         queued_from=queued_from,
     )
     values = {
-        **work.parameters,
         **look.before.parameters(),
         "snapshot": few.snapshot,
         "started": look.started,
@@ -68,7 +67,7 @@ def finish(work: Work, look: Look, few: Waiting) -> None:
         "later": list(few.later),
         "first_later": min(few.later, default=None),
     }
-    work.session.run_at_once(statement, values)
+    work.execute(statement, **values)
 
 
 def sort_in(work: Work, look: Look) -> Late:
@@ -85,8 +84,7 @@ def sort_in(work: Work, look: Look) -> Late:
         expired=work.statement("expired") if _has_floor(work) else NOTHING,
         too_old=work.statement("too_old") if _has_floor(work) else sql.SQL("NULL::bigint[]"),
     )
-    values = {**work.parameters, **look.before.parameters(), "started": look.started}
-    found = work.session.run_at_once(statement, values)[0]
+    found = work.execute(statement, **look.before.parameters(), started=look.started)[0]
     # In this order for the reason given in Attempt.
     if found.marked:
         work.compute("queue_target")

@@ -55,7 +55,7 @@ def look_back(work: Work) -> bool | None:
         if not work.hold():
             return None
         work.steady(UNLIMITED)
-        return bool(work.session.run(statement, work.parameters)[0].buckets)
+        return bool(work.execute(statement)[0].buckets)
 
 
 def _is_dense(work: Work) -> bool:
@@ -77,8 +77,8 @@ def is_indexed(work: Work) -> bool:
     return any(column.indexed for column in columns if column.name == work.definition.time)
 
 
-def rebuild(  # noqa: PLR0917 - the first five are what every rebuild has
-    session: Session, definition: Definition, grain: str, start: datetime, end: datetime, log: Logger | None = None
+def rebuild(
+    session: Session, definition: Definition, grain: str, start: datetime, end: datetime, *, log: Logger | None = None
 ) -> int:
     """Queue every bucket of a grain that overlaps [start, end) and exists in its table or in what that is built from.
 
@@ -119,7 +119,7 @@ def _queue_range(work: Work, start: datetime, end: datetime) -> int:
         work.steady(UNLIMITED)
         if not work.run("keep_definition", definition=work.described):
             raise ConfigurationError(f"rollup.{work.definition.name} has changed meanwhile; run this again")
-        rows = work.session.run(statement, {**work.parameters, "start": start, "end": end})
+        rows = work.execute(statement, start=start, end=end)
     buckets: int = rows[0].buckets
     return buckets
 

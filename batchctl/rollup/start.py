@@ -162,7 +162,7 @@ class Aggregate:
         self, session: Session, log: logging.Logger, definition: Definition, grain: str, begun: float
     ) -> GrainResult:
         if self.rebuild is not None:
-            queue.rebuild(session, definition, grain, self.rebuild.start, self.rebuild.end, log)
+            queue.rebuild(session, definition, grain, self.rebuild.start, self.rebuild.end, log=log)
         limits = Limits(
             begun + definition.budget_seconds, jobs=self.jobs, connect=self._another, progress=self.progress
         )

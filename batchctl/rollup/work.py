@@ -59,7 +59,7 @@ class Work:
 
     def run(self, name: str, /, **values: Any) -> list[Any]:
         """Execute a statement of the rollups by its name."""
-        return self.session.run_at_once(self.statement(name), {**self.parameters, **values})
+        return self.execute(self.statement(name), **values)
 
     def statement(self, name: str, /, **parts: sql.Composable) -> sql.Composed:
         """Compose a statement of the rollups by its name, with further pieces."""
@@ -96,7 +96,11 @@ class Work:
 
     def compute(self, name: str, /, **values: Any) -> list[Any]:
         """Execute such a statement."""
-        return self.session.run_at_once(self.reading(name), {**self.parameters, **values})
+        return self.execute(self.reading(name), **values)
+
+    def execute(self, statement: sql.Composed, **values: Any) -> list[Any]:
+        """Execute a composed statement that returns no instants."""
+        return self.session.run_at_once(statement, {**self.parameters, **values})
 
     def steady(self, statement_timeout: str = STATEMENT_TIMEOUT) -> None:
         """Make the transaction that is open read the same whatever the role's settings are."""
@@ -115,7 +119,7 @@ class Work:
             The row of the job, None if it is held elsewhere.
         """
         self.steady()
-        rows = self.session.run_at_once(self.statement(how, **parts), self.parameters)
+        rows = self.execute(self.statement(how, **parts))
         return rows[0] if rows else None
 
     def occupied(self, low: sql.Composable, high: sql.Composable) -> sql.Composed:

@@ -126,7 +126,7 @@ def test_a_rebuild_leaves_what_is_below_the_floor(session, log, caplog, definiti
     execute(session, f"ALTER TABLE fact_events DISABLE TRIGGER USER; DELETE FROM fact_events WHERE {OLD}")
     now = datetime.now(UTC)
     queued = [
-        rebuild(session, definition, grain.name, now - timedelta(days=60), now, log) for grain in definition.grains
+        rebuild(session, definition, grain.name, now - timedelta(days=60), now, log=log) for grain in definition.grains
     ]
     assert queued == ([3, 5, 5] if definition is KEEPING else [5, 5, 5])
     ticks(session, log, definition)
