@@ -18,12 +18,12 @@ def status(session: Session, *, json: Json = False) -> int:
 
     A job is a batch, a group of one (daily/upload) or a rollup's grain (trend/1m).
     """
-    from batchctl.cli import render
+    from batchctl.cli import job_view
     from batchctl.report.jobs import JobReader
 
     with session.connect() as store:
         statuses = JobReader(session.configuration, store, session.zone, session.clock).statuses()
-    render.status(statuses, zone=session.zone, json=json)
+    job_view.status(statuses, zone=session.zone, json=json)
     return 0
 
 

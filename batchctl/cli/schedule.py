@@ -52,7 +52,7 @@ def next_start(
 
     And what each guard says now.
     """
-    from batchctl.cli import render
+    from batchctl.cli import job_view
     from batchctl.report.jobs import JobReader
 
     when = None if at is None else in_reach("--at", at, instant(session, "--at", at))
@@ -61,5 +61,5 @@ def next_start(
         starts = reader.next_starts(job, when)
     if job is not None and not starts:
         raise UsageError(f"no such job: {choices([job])}; configured: {choices(reader.names())}")
-    render.next_starts(starts, zone=session.zone, json=json)
+    job_view.next_starts(starts, zone=session.zone, json=json)
     return 0
