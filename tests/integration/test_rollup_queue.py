@@ -207,6 +207,39 @@ def test_many_rows_are_hashed_whatever_the_session_inserted_before(session):
     assert tick(session, DEFINITION, "1m", CLOCK, LOG).buckets == 2000
 
 
+@pytest.mark.parametrize("many", [1, 1500], ids=["few", "many"])
+@pytest.mark.parametrize(
+    ("times", "minutes"),
+    [
+        (["06:51"], {"06:51"}),
+        (["06:51", "06:51:59.999999"], {"06:51"}),
+        (["06:51", "06:52"], {"06:51", "06:52"}),
+        (["06:51", "06:51", "06:51", "09:00"], {"06:51", "09:00"}),
+        (["09:00", "06:51:30", "09:00:30", "06:51"], {"06:51", "09:00"}),
+        ([None, "06:51", "06:51"], {"06:51"}),
+        ([None, "06:51", "06:52"], {"06:51", "06:52"}),
+        (["06:51", "06:51", None], {"06:51"}),
+        (["infinity", "06:51", "06:51"], {"06:51"}),
+        (["06:51", "-infinity", "06:51", "06:53"], {"06:51", "06:53"}),
+        ([None, None, "infinity"], set()),
+    ],
+)
+def test_an_insert_notes_the_buckets_of_its_rows_and_one_bucket_hardly_more_than_once(session, times, minutes, many):
+    instants = [f"2025-11-13 {time}Z" if time and "infinity" not in time else time for time in times]
+    # A session keeps the plans of the trigger, so what it inserts a second time is noted by those of the first.
+    for _ in range(2):
+        session.connection.execute(
+            "INSERT INTO fact_events SELECT moment"
+            " FROM unnest(%s::timestamptz[]) WITH ORDINALITY AS given (moment, place), generate_series(1, %s)"
+            " ORDER BY place",
+            [instants, many],
+        )
+        noted = session.connection.execute("SELECT bucket FROM batchctl.dirty_bucket").fetchall()
+        assert {f"{bucket:%H:%M}" for (bucket,) in noted} == minutes
+        assert len(noted) <= 3 or len(minutes) > 1
+        session.connection.execute("DELETE FROM batchctl.dirty_bucket")
+
+
 def test_the_digits_that_a_role_asks_for_are_of_no_matter(session):
     session.connection.execute("SET extra_float_digits = -15")
     for _ in range(2):

@@ -704,14 +704,21 @@ BEGIN
         LIMIT 2;
         GET DIAGNOSTICS batchctl_touched = ROW_COUNT;
         IF batchctl_touched = 2 THEN
-            -- A session keeps the plan that it makes first. That for few rows sorts them, which many take twice as long for
-            -- as for hashing, so many have a statement of their own.
-            IF EXISTS (SELECT FROM new_rows OFFSET 1000) THEN
-                INSERT INTO {schema}.dirty_bucket (rollup, grain, bucket)
-                {touched};
-            ELSE
-                INSERT INTO {schema}.dirty_bucket (rollup, grain, bucket)
-                {touched};
+            -- Rows that come together are mostly of one bucket, which is noted now. This ends at the first of another. It is
+            -- a condition of its own, because one with a query in it is run as a query even where the rest is false.
+            IF EXISTS (
+                SELECT FROM new_rows
+                WHERE {bucket} <> (SELECT {bucket} FROM new_rows WHERE isfinite({time}) LIMIT 1)
+            ) THEN
+                -- A session keeps the plan that it makes first. That for few rows sorts them, which many take twice as long
+                -- for as for hashing, so many have a statement of their own.
+                IF EXISTS (SELECT FROM new_rows OFFSET 1000) THEN
+                    INSERT INTO {schema}.dirty_bucket (rollup, grain, bucket)
+                    {touched};
+                ELSE
+                    INSERT INTO {schema}.dirty_bucket (rollup, grain, bucket)
+                    {touched};
+                END IF;
             END IF;
         END IF;
     ELSIF TG_OP = 'UPDATE' THEN
