@@ -13,6 +13,7 @@ import psycopg
 from batchctl.clock import SystemClock
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from random import Random
 
 CLOCK = SystemClock()
@@ -26,8 +27,8 @@ ODD_TIMES = (
 COLUMNS = "owner, occurred_at, event_type, item, value, weight"
 TRUNCATE_PATIENCE = "100ms"
 KINDS = {
-    "insert": 3, "insert many": 2, "copy": 1, "update": 1, "move": 1, "move far": 1, "change dimension": 1,
-    "forget value": 1, "delete": 1,
+    "insert": 3, "insert many": 2, "insert batch": 2, "copy": 1, "update": 1, "move": 1, "move far": 1,
+    "change dimension": 1, "forget value": 1, "delete": 1,
 }  # fmt: skip
 """What a statement may do, and how often."""
 LEAVES = {"views_a": ("view", "a"), "views_rest": ("view", "b"), "rest": ("sale", "c")}
@@ -107,8 +108,11 @@ class Writer:
         if self.partitioned and kind not in ("change dimension", "copy") and self.random.random() < 0.3:
             table = self.random.choice(list(LEAVES))
             self._doing.append("in a leaf")
-        if kind in ("insert", "insert many"):
-            self._insert(table, 1 if kind == "insert" else self.random.randint(2, 40))
+        if kind == "insert batch":
+            self._insert(table, self._batch())
+        elif kind in ("insert", "insert many"):
+            count = 1 if kind == "insert" else self.random.randint(2, 40)
+            self._insert(table, [self._time() for _ in range(count)])
         elif kind == "copy":
             self._copy(self.random.randint(1, 200))
         elif kind == "update":
@@ -132,16 +136,16 @@ class Writer:
         with suppress(psycopg.errors.LockNotAvailable):
             self.connection.execute(f"SET LOCAL lock_timeout = '{TRUNCATE_PATIENCE}'")
             self.connection.execute("TRUNCATE fact_events")
-            self._insert("fact_events", 1)
+            self._insert("fact_events", [self._time()])
             self._doing.append("truncate")
             self.end(commit=True)
             return True
         self.end(commit=False)
         return False
 
-    def _insert(self, table: str, count: int) -> None:
-        rows = [self._row(LEAVES.get(table)) for _ in range(count)]
-        values = ", ".join(["(%s, %s, %s, %s, %s, %s)"] * count)
+    def _insert(self, table: str, times: Sequence[datetime | str | None]) -> None:
+        rows = [self._row(time, LEAVES.get(table)) for time in times]
+        values = ", ".join(["(%s, %s, %s, %s, %s, %s)"] * len(rows))
         self.connection.execute(
             f"INSERT INTO {table} ({COLUMNS}) VALUES {values}", [value for row in rows for value in row]
         )
@@ -149,12 +153,21 @@ class Writer:
     def _copy(self, count: int) -> None:
         with self.connection.cursor().copy(f"COPY fact_events ({COLUMNS}) FROM STDIN") as copy:
             for _ in range(count):
-                copy.write_row(self._row())
+                copy.write_row(self._row(self._time()))
 
-    def _row(self, dimensions: tuple[str, str] | None = None) -> tuple:
+    def _batch(self) -> list[datetime | str | None]:
+        """Return times that lie within one minute, now and then with a straggler in any place."""
+        minute = START + timedelta(minutes=self.random.randrange(HOURS * 60))
+        spread = [minute + timedelta(microseconds=self.random.randrange(60 * 10**6)) for _ in range(20)]
+        times: list[datetime | str | None] = spread[: self.random.randint(2, 20)]
+        if self.random.random() < 0.5:
+            times.insert(self.random.randint(0, len(times)), self._time())
+        return times
+
+    def _row(self, time: datetime | str | None, dimensions: tuple[str, str] | None = None) -> tuple:
         value = self.random.choice([None, "NaN", *[self.random.randint(-5, 5)] * 5, round(self.random.random(), 3)])
         weight = self.random.choice([None, "NaN", "Infinity", *[self.random.random()] * 9])
-        return (self.owner, self._time(), *(dimensions or self._dimensions()), value, weight)
+        return (self.owner, time, *(dimensions or self._dimensions()), value, weight)
 
     def _dimensions(self) -> tuple[str | None, str | None]:
         return self.random.choice(["view", "sale", None]), self.random.choice(["a", "b", "c", None])

@@ -255,3 +255,19 @@ def test_a_rebuild_repairs_what_somebody_changed_by_hand(batchctl):
     with psycopg.connect(batchctl.url) as connection:
         for table in ("agg_1m", "agg_5m", "agg_1h"):
             assert connection.execute(f"SELECT events FROM {table}").fetchall() == [(1,)]
+
+
+def test_a_load_with_the_triggers_switched_off_is_counted_when_its_time_is_queued(trend):
+    trend("aggregate")
+    with psycopg.connect(trend.url) as connection:
+        connection.execute("SET LOCAL session_replication_role = replica")
+        connection.execute(
+            "INSERT INTO fact_events SELECT '2026-01-31Z'::timestamptz + number * interval '1 minute'"
+            " FROM generate_series(0, 1439) AS number"
+        )
+    # Nothing is noted of it, or the load would have paid for that.
+    assert {grain["outcome"] for grain in trend.json("aggregate")["rollups"]} == {"empty"}
+    trend("aggregate", "--rebuild", "--from", "2026-01-31", "--to", "2026-02-01")
+    with psycopg.connect(trend.url) as connection:
+        for table, buckets in (("agg_1m", 1440), ("agg_5m", 288), ("agg_1h", 24)):
+            assert connection.execute(f"SELECT count(*), sum(events) FROM {table}").fetchone() == (buckets, 1440)

@@ -32,7 +32,7 @@ log_line_prefix = '%p '
 
 def find_binaries(given: Path | None) -> Path:
     """Return the directory of the server's programs and of pgbench; end the script without them."""
-    places = [given] if given else sorted(Path("/usr/lib/postgresql").glob("*/bin"))
+    places = [given.absolute()] if given else sorted(Path("/usr/lib/postgresql").glob("*/bin"))
     for place in places:
         if all((place / program).exists() for program in ("initdb", "pg_ctl", "psql", "pgbench")):
             return place
@@ -71,9 +71,39 @@ class PrivateServer:
     def close(self) -> None:
         """End the server and remove its directory."""
         try:
-            self._control("pg_ctl", "-D", str(self.directory / "data"), "-m", "immediate", "-w", "stop")
+            if (self.directory / "data" / "postmaster.pid").exists():
+                self.stop("immediate")
         finally:
             shutil.rmtree(self.directory, ignore_errors=True)
+
+    def stop(self, mode: str = "fast") -> None:
+        """End the server; its data stays."""
+        self._control("pg_ctl", "-D", str(self.directory / "data"), "-m", mode, "-w", "stop")
+
+    def single_user(self, database: str, statements: list[str], *wrapper: str) -> str:
+        """Run statements on a copy of the data of a server that was ended, and return what was printed.
+
+        Args:
+            database: Where.
+            statements: Each is a transaction; none holds a semicolon before an empty line.
+            wrapper: A command that runs the server's program, such as a profiler's.
+        """
+        copy = self.directory / "copy"
+        shutil.rmtree(copy, ignore_errors=True)
+        subprocess.run(["cp", "-a", str(self.directory / "data"), str(copy)], check=True)
+        command = [*wrapper, str(self.binaries / "postgres"), "--single", "-j", "-D", str(copy), database]
+        done = subprocess.run(
+            command,
+            check=False,
+            input="".join(f"{statement};\n\n" for statement in statements),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            **self._account,
+        )
+        if done.returncode or "ERROR:" in done.stdout:
+            sys.exit(f"{' '.join(command)}: exit code {done.returncode}\n{done.stdout}")
+        return done.stdout
 
     def site(self, name: str) -> Site:
         """Make a database, with a configuration of the program beside it."""
