@@ -80,9 +80,14 @@ def migrate(
                 limits=Limits(jobs=jobs, connect=session.database.connect),
             )
             statements, warnings = made.statements, made.warnings
-            done = [f"Made the tables and triggers of {name}." for name in made.created]
+            looking_back = {each.name for each in definitions if each.lookback_seconds}
+            done = [
+                f"Made the tables{' and triggers' * (name not in looking_back)} of {name}." for name in made.created
+            ]
             done += [f"The new tables of {name} took the place of the old ones." for name in made.changed]
             done += [f"Dropped the unfinished new tables of {name}." for name in made.discarded]
+            if statements and not done:
+                done = ["Made what was missing: triggers, a function or views; --dry-run shows which beforehand."]
     if dry_run:
         render.statements([*upgraded.statements, *statements] or ["-- Nothing to do"])
     lines = [*(f"Applied {name}." for name in upgraded.names), *done]

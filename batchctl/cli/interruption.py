@@ -26,6 +26,7 @@ def interruptible() -> Iterator[None]:
     """Raise Interrupted in the block on SIGINT, SIGTERM or SIGHUP; a second one ends the process at once.
 
     What was ignored (nohup) stays so. A client that just dies leaves its statement to the server, with all its locks.
+    A terminal that closes may hang up more than once, which is no second wish.
     """
     numbers = [
         number
@@ -35,7 +36,7 @@ def interruptible() -> Iterator[None]:
 
     def interrupt(number: int, _: object) -> NoReturn:
         for each in numbers:
-            signal.signal(each, signal.SIG_DFL)
+            signal.signal(each, signal.SIG_IGN if each == signal.SIGHUP else signal.SIG_DFL)
         raise Interrupted(number)
 
     before = {number: signal.signal(number, interrupt) for number in numbers}

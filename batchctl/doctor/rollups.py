@@ -48,8 +48,13 @@ def check_rollup(session: Session, definition: Definition, clock: Clock) -> Iter
             yield error("rollup", f"{place}: {found} (no trigger, or a disabled one): changes are not noticed", MIGRATE)
         else:
             yield warning("rollup", f"{place}: {found or text}", advice if found else "see the docs on rollups")
-    if plan.statements and not said:
-        yield warning("rollup", f"{place} is of an earlier batchctl", MIGRATE)
+    if plan.switched:
+        text = f"{place}: `lookback` was set or taken out since it was migrated, so it is not aggregated"
+        yield error("rollup", text, MIGRATE, ExitCode.CONFIGURATION)
+    elif plan.statements and not any(text.startswith("tracking was missing") for text in said):
+        yield warning(
+            "rollup", f"{place} lacks something that `migrate` makes: a view, or what a new batchctl needs", MIGRATE
+        )
     if not plan.statements and not said:
         yield ok("rollup", f"{place}: tables and triggers are as configured{_purge(definition)}")
 
@@ -125,13 +130,19 @@ def check_lag(
         )
         wait = "no closed bucket waits"
         if waiting.buckets:
-            wait = f"{waiting.buckets} closed bucket{'s' * (waiting.buckets > 1)} wait, the oldest {waiting.oldest}"
+            plural = waiting.buckets > 1
+            wait = f"{waiting.buckets} closed bucket{'s wait' if plural else ' waits'}, the oldest {waiting.oldest}"
         if due is not None and due + LATE < now and inside_hours(rollup.hours, due, zone):
             since = "was never aggregated" if last is None else f"was last aggregated {last:%Y-%m-%d %H:%M} UTC"
             yield (error if waiting.buckets else warning)(
                 "rollup",
                 f"{job} {since}, though its schedule is {schedule!r}; {wait}",
                 "see whether cron runs and has the line (`batchctl crontab install`), and read its mail and the log",
+            )
+        elif row is not None and row.last_outcome == "failed":
+            text = f"{job} failed when it was last aggregated, {row.last_started_at:%Y-%m-%d %H:%M} UTC; {wait}"
+            yield error(
+                "rollup", text, f"`batchctl aggregate --rollup {name} --grain {grain}` says why, and so does the log"
             )
         else:
             yield ok("rollup", f"{job}: {wait}")

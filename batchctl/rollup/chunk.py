@@ -92,6 +92,10 @@ class Attempt:
         """
         self._chunk = Chunk(tuple((bucket.start, bucket.shown) for bucket in taken))
         done = _compute(self._work, taken, occupied=occupied)
+        if self._work.follows:
+            from batchctl.rollup.partitions import witness  # noqa: PLC0415 - most sources have none
+
+            witness(self._work)
         keys = ("source_rows", "events", "rows_written", "rows_deleted")
         # A sum over nothing is nothing, and PostgreSQL's sums are of a larger type than what they add up.
         counts: dict[str, Any] = {key: int(getattr(done, key) or 0) for key in keys}

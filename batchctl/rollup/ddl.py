@@ -15,6 +15,7 @@ from batchctl.rollup.refresh import NO_LIMITS
 from batchctl.rollup.source import find
 from batchctl.rollup.steps import Step, completion, creation, removal, switch, tracking
 from batchctl.rollup.swap import leftover, swap
+from batchctl.state.database import sql
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -40,6 +41,8 @@ class Migrated:
     """Rollups whose tables were built anew."""
     discarded: tuple[str, ...] = ()
     """Rollups whose definition is again that of their tables, so that a half-built new version was dropped."""
+    switched: tuple[str, ...] = ()
+    """Rollups whose changes are noticed in the other way from now on: by triggers, or by `lookback`."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,7 @@ class _Plan:
     warnings: tuple[str, ...]
     change: Change | None = None
     discarded: bool = False
+    switched: bool = False
 
 
 def migrate(
@@ -110,6 +114,7 @@ def migrate(
         ),
         changed=tuple(plan.rollup for plan in plans if plan.change),
         discarded=tuple(plan.rollup for plan in plans if plan.discarded),
+        switched=tuple(plan.rollup for plan in plans if plan.switched),
     )
 
 
@@ -196,6 +201,7 @@ def _plan(session: Session, definition: Definition) -> _Plan:
         created=not complete,
         warnings=tuple(warnings),
         discarded=complete and bool(discarded),
+        switched=switched,
     )
 
 
@@ -254,9 +260,14 @@ def _advice(session: Session, definition: Definition, found: Found) -> list[str]
     if not found.indexed:
         warnings.append(
             f"{place}: {source} has no index that starts with {time}, so each refresh reads the whole table; "
-            f"CREATE INDEX CONCURRENTLY ON {source} ({time}) makes it quick"
+            f"CREATE INDEX CONCURRENTLY ON {_spelled(*source)} ({_spelled(time)}) makes it quick"
         )
     return warnings
+
+
+def _spelled(*names: str) -> str:
+    """Write a name so that it can be pasted into a statement."""
+    return sql.Identifier(*names).as_string()
 
 
 def _refuse_shared_targets(plans: Iterable[_Plan]) -> None:

@@ -111,7 +111,8 @@ def _look_at(session: Session, definition: Definition, grain: Grain) -> tuple[Lo
         if row.definition is None:
             raise ConfigurationError(f"rollup.{definition.name} has no tables yet; run `batchctl migrate`")
         here = f"{row.system_identifier}/{row.database}"
-        work = Work(session, definition, grain, _places(session, definition, row.definition), here)
+        follows = row.partitioned and grain == definition.finest
+        work = Work(session, definition, grain, _places(session, definition, row.definition), here, follows)
         return _look(work, row), work
 
 

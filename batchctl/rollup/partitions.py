@@ -54,7 +54,7 @@ def follow(work: Work, log: Logger) -> bool:
         DatabaseUnavailableError: the database was lost.
     """
     changes = _changes(work.session, work.definition.name, work.definition.time, work.places.source)
-    gone = [row.relation for row in changes if row.gone]
+    gone = [row for row in changes if row.gone]
     buckets = _leave(work, gone, log) if gone else 0
     for row in changes:
         if not row.gone:
@@ -66,15 +66,32 @@ def follow(work: Work, log: Logger) -> bool:
     return buckets > 0
 
 
+def witness(work: Work) -> None:
+    """Remember partitions that came since they were followed, in the transaction that has read the source.
+
+    What was read is attached until the transaction ends, because to detach it needs a lock that readers exclude. So a
+    partition whose rows were counted is one that is remembered, and is missed if it is gone when the next tick looks.
+    """
+    values = {"rollup": work.definition.name, "time": work.definition.time, "source": _spelled(work.places.source)}
+    if work.session.run_at_once(work.session.statement("partition.strange"), values)[0].found:
+        tree = work.session.statement("partition.tree", staying=sql.SQL(""))
+        work.session.run(work.session.statement("partition.witness", tree=tree), values)
+
+
+def _spelled(table: Table) -> str:
+    return sql.Identifier(*table).as_string()
+
+
 def _changes(session: Session, rollup: str, time: str, source: Table) -> list[Any]:
-    statement = session.statement("partition.changes", tree=session.statement("partition.tree"))
+    tree = session.statement("partition.tree", staying=session.statement("partition.staying"))
+    statement = session.statement("partition.changes", tree=tree)
     return session.run(
         statement,
-        {"rollup": rollup, "time": time, "source": sql.Identifier(*source).as_string()},
+        {"rollup": rollup, "time": time, "source": _spelled(source)},
     )
 
 
-def _leave(work: Work, relations: Sequence[int], log: Logger) -> int:
+def _leave(work: Work, gone: Sequence[Any], log: Logger) -> int:
     with work.session.transaction():
         if not work.hold():
             return 0
@@ -85,8 +102,9 @@ def _leave(work: Work, relations: Sequence[int], log: Logger) -> int:
             bucket_of_low=compose.bucket_of(work.session, work.grain, compose.quoted("low")),
             floor=compose.floor(work.definition, work.grain),
         )
-        buckets: int = work.session.run(statement, {**work.parameters, "relations": list(relations)})[0].buckets
-    log.info("%s: partitions that are gone: %d; buckets queued: %d", work.grain.name, len(relations), buckets)
+        which = {"relations": [row.relation for row in gone], "attached": [row.attached for row in gone]}
+        buckets: int = work.session.run(statement, {**work.parameters, **which})[0].buckets
+    log.info("%s: partitions that are gone: %d; buckets queued: %d", work.grain.name, len(gone), buckets)
     return buckets
 
 
@@ -148,7 +166,12 @@ def _remember(
 ) -> sql.Composed:
     values = (
         sql.SQL("({})").format(
-            compose.COMMA.join(map(sql.Literal, (definition.name, row.relation, row.low, row.high, tracked, queued)))
+            compose.COMMA.join(
+                map(
+                    sql.Literal,
+                    (definition.name, row.relation, row.attached, row.low, row.high, tracked, queued),
+                )
+            )
         )
         for row in rows
     )

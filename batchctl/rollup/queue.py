@@ -39,7 +39,11 @@ def queue_history(work: Work) -> None:
     with work.session.transaction():
         finest.steady(UNLIMITED)
         if finest.run("claim_history"):
-            finest.compute("queue_dense_history" if _is_dense(finest) else "queue_history")
+            if _is_dense(finest):
+                found = compose.next_bucket(work.session, finest.grain, compose.quoted("found", "bucket"))
+                finest.execute(finest.reading("queue_dense_history", next_found=found))
+            else:
+                finest.compute("queue_history")
 
 
 def look_back(work: Work) -> bool | None:
@@ -149,11 +153,14 @@ def settle(work: Work, outcome: str, until: float | None) -> int:
         if work.hold():
             remaining: int = work.run("settle", outcome=outcome, until=until)[0].remaining
             return remaining
-        work.run("end", outcome=outcome, until=None)
+        work.run("end", outcome=outcome)
     return waiting(work)
 
 
 def waiting(work: Work) -> int:
     """Count the closed buckets that wait, in the queue or as notes."""
-    buckets: int = work.run("remaining")[0].buckets
+    with work.session.transaction():
+        # However long the role's statements may take: a count is no reason to fail.
+        work.steady(UNLIMITED)
+        buckets: int = work.run("remaining")[0].buckets
     return buckets

@@ -13,6 +13,7 @@ from batchctl.rollup.bucket import shown
 from batchctl.rollup.chunk import Attempt, since
 from batchctl.rollup.look import FEW_BUCKETS, look_at
 from batchctl.rollup.result import Advance, GrainResult
+from batchctl.state.database import DatabaseBusyError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -98,7 +99,7 @@ def tick(  # noqa: PLR0917 - the first five are what every tick has
 
     Raises:
         ConfigurationError: the rollup is not migrated, or has changed since, or a right is missing.
-        DatabaseUnavailableError: the database was lost; what was committed stays.
+        DatabaseUnavailableError: the database was lost, or another session was in the way; what was committed stays.
     """
     begun = clock.monotonic()
     deadline = begun + definition.budget_seconds if limits.deadline is None else limits.deadline
@@ -108,7 +109,8 @@ def tick(  # noqa: PLR0917 - the first five are what every tick has
         log.warning(message)
         return GrainResult(definition.name, grain, "skipped", "paused", detail=message)
     if not look.known:
-        work.run("add_state")
+        with session.transaction():
+            work.run("add_state")
     found = look.history_queued and _search(look, work, log)
     if found:
         again, work = look_at(session, definition, definition.grain(grain))
@@ -117,13 +119,11 @@ def tick(  # noqa: PLR0917 - the first five are what every tick has
     if look.history_queued and found is False and not look.dirty:
         log.debug(NOTHING, shown(look.newest))
         values = {"seen": look.seen, "notes_seen": look.notes_seen}
-        work.run("nothing", started=look.started, until=look.until, **values)
+        # In a transaction that says that it writes, because a role may by default only read.
+        with session.transaction():
+            work.run("nothing", started=look.started, until=look.until, **values)
         return GrainResult(definition.name, grain, "empty", duration_seconds=since(begun, clock))
-    try:
-        done = ELSEWHERE if found is None else _catch_up(_Call(work, look, deadline, limits, clock, log))
-    except ConfigurationError:
-        work.run("end", outcome="failed", until=None)
-        raise
+    done = ELSEWHERE if found is None else _catch_up(_Call(work, look, deadline, limits, clock, log))
     detail = None
     if done.outcome == "skipped":
         detail = f"{grain} aggregation is running elsewhere. Skipped."
@@ -174,15 +174,20 @@ def _catch_up(call: _Call) -> _Progress:
                     return ELSEWHERE if not done and not faults else _sum_up(done, faults)
                 (faults if chunk.failure else done).append(chunk)
                 tell(done)
-    except (DatabaseUnavailableError, ConfigurationError):
-        raise
     except BatchctlError as error:
+        if isinstance(error, ConfigurationError) or ends_the_call(error):
+            raise
         progress = _Progress("failed", " ".join(str(error).split()), tuple(done))
     else:
         progress = _sum_up(done, faults)
     if progress.outcome == "failed":
         call.log.error("%s aggregation failed: %s", work.grain.name, progress.reason)
     return replace(progress, ignored=late.buckets)
+
+
+def ends_the_call(error: BatchctlError) -> bool:
+    """Tell an error that the other grains will meet as well: the database itself is gone."""
+    return isinstance(error, DatabaseUnavailableError) and not isinstance(error, DatabaseBusyError)
 
 
 def _begin(call: _Call) -> _Progress | notes.Late:

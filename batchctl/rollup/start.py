@@ -9,13 +9,13 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
-from batchctl.errors import BatchctlError, ConfigurationError, DatabaseUnavailableError, ExitCode, UsageError
+from batchctl.errors import BatchctlError, ConfigurationError, ExitCode, UsageError
 from batchctl.guard.identity import identify
 from batchctl.guard.lock import Holder, acquire, lock_path, read_holder
 from batchctl.logs import elapsed, shown
 from batchctl.rollup import queue
 from batchctl.rollup.look import look_at
-from batchctl.rollup.refresh import Limits, tick
+from batchctl.rollup.refresh import Limits, ends_the_call, tick
 from batchctl.rollup.result import GrainResult
 from batchctl.schedule.cron import inside_hours
 from batchctl.state.migrate import WrongSchemaError
@@ -134,6 +134,18 @@ class Aggregate:
 
     def _grain(self, definition: Definition, grain: str, begun: float) -> GrainResult:
         log = self.logger(definition.name)
+        try:
+            return self._guarded(log, definition, grain, begun)
+        except WrongSchemaError:
+            # Nothing is recorded there.
+            self._store = None
+            raise
+        except BatchctlError as error:
+            if ends_the_call(error):
+                raise
+            return self._failed(log, definition, grain, error)
+
+    def _guarded(self, log: logging.Logger, definition: Definition, grain: str, begun: float) -> GrainResult:
         rollup = self.configuration.rollups[definition.name]
         if not rollup.enabled:
             return self._skip(log, definition, grain, "disabled", "is disabled in the configuration")
@@ -145,24 +157,12 @@ class Aggregate:
             holder = read_holder(path, self.clock, HOLDER_PATIENCE_SECONDS)
             return self._skip(log, definition, grain, "running", self._in_progress(holder))
         with lock:
-            session = self._connected().session
-            try:
-                return self._locked(session, log, definition, grain, begun)
-            # What is wrong with the database itself concerns every grain, and ends the call.
-            except DatabaseUnavailableError:
-                raise
-            except WrongSchemaError:
-                # Nothing is recorded there.
-                self._store = None
-                raise
-            except BatchctlError as error:
-                return self._failed(log, definition, grain, error)
+            return self._locked(self._connected().session, log, definition, grain, begun)
 
     def _locked(
         self, session: Session, log: logging.Logger, definition: Definition, grain: str, begun: float
     ) -> GrainResult:
-        if self.rebuild is not None:
-            queue.rebuild(session, definition, grain, self.rebuild.start, self.rebuild.end, log=log)
+        self._queue(log, definition, grain)
         limits = Limits(
             begun + definition.budget_seconds, jobs=self.jobs, connect=self._another, progress=self.progress
         )
@@ -171,6 +171,14 @@ class Aggregate:
             self._skips.append(_Skip(definition.job(grain), str(result.reason), str(result.detail)))
         return result
 
+    def _queue(self, log: logging.Logger, definition: Definition, grain: str) -> bool:
+        """Queue the range of a rebuild; False if there is none."""
+        if self.rebuild is None:
+            return False
+        session = self._connected().session
+        queue.rebuild(session, definition, grain, self.rebuild.start, self.rebuild.end, log=log)
+        return True
+
     def _failed(self, log: logging.Logger, definition: Definition, grain: str, error: BatchctlError) -> GrainResult:
         reason = " ".join(str(error).split())
         # Each grain of a rollup that is not migrated says the same.
@@ -178,6 +186,11 @@ class Aggregate:
             log.error("%s aggregation failed: %s", grain, reason)
         if isinstance(error, ConfigurationError):
             self._refused.add(reason)
+        # Without a row there is nothing to record in.
+        if self._store is not None:
+            session = self._store.session
+            with suppress(BatchctlError), session.transaction():
+                session.fetch("rollup.failed", job=definition.job(grain))
         return GrainResult(definition.name, grain, "failed", reason)
 
     def _connected(self) -> Store:
@@ -201,7 +214,9 @@ class Aggregate:
         return f"is still in progress (pid {holder.pid} on {holder.hostname}, since {since}, {age})"
 
     def _skip(self, log: logging.Logger, definition: Definition, grain: str, reason: str, what: str) -> GrainResult:
-        message = f"{grain} aggregation {what}. Skipped."
+        # Whoever asks for a range wants it computed, by whichever call.
+        left = "; the range is queued for the next call" if self._queue(log, definition, grain) else ""
+        message = f"{grain} aggregation {what}. Skipped{left}."
         log.warning(message)
         self._skips.append(_Skip(definition.job(grain), reason, message))
         return GrainResult(definition.name, grain, "skipped", reason, detail=message)

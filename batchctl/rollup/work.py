@@ -31,6 +31,8 @@ class Work:
     places: Places
     here: str
     """The cluster and the database, in which the numbers of transactions mean something."""
+    follows: bool = False
+    """True if it reads a source whose partitions are followed."""
 
     @property
     def job(self) -> str:
@@ -104,7 +106,8 @@ class Work:
 
     def steady(self, statement_timeout: str = STATEMENT_TIMEOUT) -> None:
         """Make the transaction that is open read the same whatever the role's settings are."""
-        memory = self.session.run(self.statement("steady", statement_timeout=sql.Literal(statement_timeout)))[0]
+        timeouts = {"statement_timeout": sql.Literal(statement_timeout), "unlimited": self.session.unlimited}
+        memory = self.session.run(self.statement("steady", **timeouts))[0]
         if _kilobytes(memory.work_mem) < _kilobytes(WORK_MEMORY):
             self.session.run(self.statement("more_memory", work_memory=sql.Literal(WORK_MEMORY)))
 

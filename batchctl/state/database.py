@@ -26,12 +26,17 @@ if TYPE_CHECKING:
 __all__ = ["Database", "Session", "open_database", "sql"]
 
 CONNECT_SECONDS = 4
+FIRST_WITH_TRANSACTION_TIMEOUT = 170_000
 CANCEL_SECONDS = 2
 LEADING_ELSEWHERE = {"PGHOST", "PGHOSTADDR", "PGPORT", "PGDATABASE", "PGUSER", "PGSERVICE", "PGOPTIONS"}
 UNDEFINED = {"42P01", "3F000", "42703"}
 """SQLSTATE of a missing table, schema or column."""
-PASSING = {"25006", "40001", "40P01", "55P03", "57014"}
-"""SQLSTATE of a standby that cannot write, a serialization failure, a deadlock, a lock or statement timeout."""
+READ_ONLY = "25006"
+"""SQLSTATE of a standby, or of a database that was made read-only."""
+IN_THE_WAY = {"40P01", "55P03"}
+"""SQLSTATE of a deadlock and of a lock that was not free in time."""
+PASSING = {*IN_THE_WAY, "40001", "57014"}
+"""The same, a serialization failure, and a statement that took too long or was canceled."""
 LASTING = ("22", "23")
 """Classes of SQLSTATE that the same statement will meet again: wrong data, a violated constraint."""
 
@@ -40,7 +45,7 @@ BOUNDS = sql.SQL(
     "SET LOCAL extra_float_digits = 1; "
     "SET LOCAL lock_timeout = {lock}; "
     "SET LOCAL statement_timeout = {statement}; "
-    "SET LOCAL idle_in_transaction_session_timeout = '20s'"
+    "SET LOCAL idle_in_transaction_session_timeout = '20s'{unlimited}"
 )
 """What holds in a transaction of ours, whatever the role's defaults are: nothing waits for long, neither for a lock nor
 holding one for a client that is gone, and numbers come in all their digits also as text."""
@@ -56,6 +61,10 @@ CONNECTION_DEFAULTS: Mapping[str, Any] = {
     "keepalives_count": 3,
     "tcp_user_timeout": 60_000,
 }
+
+
+class DatabaseBusyError(DatabaseUnavailableError):
+    """The database was reached; something that passes kept a statement from its end."""
 
 
 class WrongDataError(DatabaseRefusedError):
@@ -75,6 +84,12 @@ class Session:
         self.schema = sql.Identifier(schema)
         self._place = place
         self._queries: dict[str, dict[str, LiteralString]] = {}
+
+    @property
+    def unlimited(self) -> sql.SQL:
+        """Write that a transaction may take as long as its statements, whatever the role has set, where that exists."""
+        since = self.connection.info.server_version >= FIRST_WITH_TRANSACTION_TIMEOUT
+        return sql.SQL("; SET LOCAL transaction_timeout = 0" if since else "")
 
     def statement(self, name: str, /, **parts: sql.Composable) -> sql.Composed:
         """Compose a statement of a file: `run.claim` is the statement `claim` of run.sql.
@@ -136,7 +151,8 @@ class Session:
             statement: In all.
         """
         with self.transaction():
-            kept = self.run(BOUNDS.format(lock=sql.Literal(lock), statement=sql.Literal(statement)))[0]
+            bounds = {"lock": sql.Literal(lock), "statement": sql.Literal(statement), "unlimited": self.unlimited}
+            kept = self.run(BOUNDS.format(**bounds))[0]
             if kept.synchronous_commit == "off":
                 self.run(DURABLE)
             yield
@@ -278,8 +294,11 @@ def _translate(error: psycopg.Error, place: str) -> BatchctlError:
         if isinstance(error, psycopg.OperationalError):
             return DatabaseUnavailableError(f"{place} cannot be reached: {_without_noise(text)}")
         return DatabaseRefusedError(f"{place}: {text}")
-    # Connection lost, out of resources, an I/O error, shutting down, or what may go well the next time.
-    if state[:2] in ("08", "53", "58") or state[:3] == "57P" or state in PASSING:
+    if state in PASSING:
+        blamed = "; another session is in the way, pg_locks shows which" if state in IN_THE_WAY else ""
+        return DatabaseBusyError(f"{place}: {text}{blamed}")
+    # Connection lost, out of resources, an I/O error, shutting down.
+    if state[:2] in ("08", "53", "58") or state[:3] == "57P" or state == READ_ONLY:
         return DatabaseUnavailableError(f"{place} is not available: {text}")
     if state == "42501":
         return ConfigurationError(f"{place}: {text}; grant the right, or connect as a role that has it")

@@ -101,10 +101,11 @@ class EmbeddedServer:
             ConfigurationError: no usable binaries, user or directory.
             DatabaseUnavailableError: it does not start, or not within 60 seconds.
         """
-        if self._ready():
-            return
         try:
+            # First, because a server that runs for somebody else lets nobody else in, and does not say why.
             private_directory(self._directory)
+            if self._ready():
+                return
             with alone(self._directory, self._clock) as lock:
                 if not self._settle():
                     self._launch(lock)

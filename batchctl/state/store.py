@@ -105,7 +105,8 @@ class Store:
 
     def unpause(self, job: str) -> tuple[str, ...]:
         """Allow starts of a job and of all below it again; return what was paused."""
-        return tuple(sorted(row.job for row in self.session.fetch("run.unpause", job=job)))
+        with self.session.bounded():
+            return tuple(sorted(row.job for row in self.session.fetch("run.unpause", job=job)))
 
     def paused(self, jobs: Iterable[str]) -> tuple[str, ...]:
         """Say which of these jobs are paused."""

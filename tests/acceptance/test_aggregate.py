@@ -24,6 +24,7 @@ time = "occurred_at"
 [rollup.trend.measures]
 events = "count(*)"
 """
+TARGET = 'target = "other_{grain}"\n'
 GRAIN_KEYS = {
     "rollup", "grain", "outcome", "reason", "buckets", "source_rows", "rows_written", "rows_deleted",
     "remaining_buckets", "duration_seconds", "ignored_buckets", "detail",
@@ -271,3 +272,62 @@ def test_a_load_with_the_triggers_switched_off_is_counted_when_its_time_is_queue
     with psycopg.connect(trend.url) as connection:
         for table, buckets in (("agg_1m", 1440), ("agg_5m", 288), ("agg_1h", 24)):
             assert connection.execute(f"SELECT count(*), sum(events) FROM {table}").fetchone() == (buckets, 1440)
+
+
+@pytest.mark.parametrize("locked", ["fact_events", "agg_1m"])
+def test_a_locked_table_fails_its_grain_and_no_other(trend, locked):
+    trend.configure(
+        TREND
+        + TREND.replace("trend", "other").replace("fact_events", "other_events").replace("time =", TARGET + "time =")
+    )
+    with psycopg.connect(trend.url) as connection:
+        connection.execute("CREATE TABLE other_events (occurred_at timestamptz)")
+    trend("migrate")
+    trend("aggregate")
+    insert(trend, "2025-11-13 06:51:07Z")
+    with psycopg.connect(trend.url) as connection:
+        connection.execute("INSERT INTO other_events VALUES ('2025-11-13 06:51:07Z')")
+    with psycopg.connect(trend.url) as connection:
+        connection.execute(f"LOCK TABLE {locked} IN ACCESS EXCLUSIVE MODE")
+        first, *rest = trend.json("aggregate", "--grain", "1m", code=1)["rollups"]
+        assert (first["rollup"], first["outcome"]) == ("trend", "failed")
+        assert "another session is in the way" in first["reason"]
+        assert [(grain["rollup"], grain["outcome"]) for grain in rest] == [("other", "success")]
+        assert outcome_of(trend, "trend/1m") == "failed"
+    assert trend.json("aggregate", "--grain", "1m")["rollups"][0]["outcome"] == "success"
+
+
+def outcome_of(batchctl, job):
+    (found,) = (each["last_outcome"] for each in batchctl.json("status")["jobs"] if each["job"] == job)
+    return found
+
+
+def test_what_is_refused_is_recorded_as_failed(trend):
+    trend("aggregate")
+    assert outcome_of(trend, "trend/1m") == "empty"
+    trend.configure(TREND + 'last = "max(occurred_at)"\n')
+    trend("aggregate", code=78)
+    assert outcome_of(trend, "trend/1m") == "failed"
+
+
+def test_a_range_is_queued_even_by_a_call_that_is_skipped(trend):
+    trend("aggregate")
+    insert(trend, "2025-11-13 06:51:07Z")
+    trend("aggregate")
+    with psycopg.connect(trend.url) as connection:
+        connection.execute("DELETE FROM agg_1m")
+    path = lock_path(trend.directory / "state", "rollup.trend.1m")
+    day = ("--rebuild", "--from", "2025-11-13", "--to", "2025-11-14")
+    with acquire(path, Holder(socket.gethostname(), *identify(os.getpid()), datetime.now(UTC))):
+        done = trend("aggregate", "--grain", "1m", *day, "-v", code=75)
+        assert "Skipped; the range is queued for the next call." in done.stderr
+    assert trend.json("aggregate", "--grain", "1m")["rollups"][0]["rows_written"] == 1
+
+
+def test_a_role_that_only_reads_unless_told_otherwise(trend):
+    with psycopg.connect(trend.url, autocommit=True) as connection:
+        connection.execute(f"ALTER DATABASE {connection.info.dbname} SET default_transaction_read_only = on")
+    assert {grain["outcome"] for grain in trend.json("aggregate")["rollups"]} == {"empty"}
+    assert {grain["outcome"] for grain in trend.json("aggregate")["rollups"]} == {"empty"}
+    trend("pause", "trend")
+    trend("unpause", "trend")

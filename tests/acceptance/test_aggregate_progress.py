@@ -103,6 +103,19 @@ def test_ctrl_c_ends_a_call_and_what_the_server_does_for_it(batchctl, slow, jobs
     assert done(batchctl) == BUCKETS
 
 
+def test_a_terminal_that_hangs_up_twice_leaves_nothing_at_work_in_the_server(batchctl, slow):
+    slow(100)
+    process = batchctl.start("aggregate", "--jobs", "2")
+    wait_for(lambda: sessions(batchctl).reading == 2, what="sessions at work")
+    process.send_signal(signal.SIGHUP)
+    CLOCK.sleep(0.01)
+    process.send_signal(signal.SIGHUP)
+    _, stderr = process.communicate(timeout=10)
+    assert process.returncode == 128 + signal.SIGHUP, stderr
+    assert "Ended by SIGHUP" in stderr
+    assert sessions(batchctl).busy == 0
+
+
 @pytest.mark.parametrize("jobs", [1, 3])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=["SIGTERM", "SIGKILL, the control"])
 def test_sigterm_leaves_nothing_at_work_in_the_server(batchctl, slow, jobs, number):

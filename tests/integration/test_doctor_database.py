@@ -237,6 +237,22 @@ def test_a_rollup_that_was_changed(session, tmp_path):
     assert "has changed since it was migrated" in found.found
 
 
+@pytest.mark.usefixtures("trend")
+def test_a_rollup_that_was_given_lookback(session, tmp_path):
+    (changed,) = read_definitions(
+        configured(ROLLUP.replace("\n[rollup.trend.m", '\nlookback = "10m"\n[rollup.trend.m'), tmp_path)
+    )
+    found = list(rollups.check_rollup(session, changed, CLOCK))
+    assert [each.exit_code for each in found if each.state == "error"] == [ExitCode.CONFIGURATION]
+    assert any("lookback" in each.found for each in found)
+
+
+def test_a_view_that_is_gone(session, trend, database_url):
+    sql(database_url, "DROP VIEW agg_1m_live")
+    (found,) = rollups.check_rollup(session, trend[0], CLOCK)
+    assert (found.state, "lacks something" in found.found) == ("warning", True)
+
+
 @pytest.mark.parametrize(
     "fault",
     [
@@ -289,10 +305,15 @@ def test_a_rollup_that_cron_does_not_aggregate(session, trend, database_url):
     assert states(lag(session, trend, later)) == ["warning"] * 3
     sql(database_url, "INSERT INTO fact_events SELECT now() - interval '1 hour'")
     first, *_ = lag(session, trend, later)
-    assert (first.state, "1 closed bucket wait" in first.found) == ("error", True)
+    assert (first.state, "1 closed bucket waits" in first.found) == ("error", True)
     # A tick leaves its time, also one that had nothing to do.
     sql(database_url, f"UPDATE batchctl.state SET last_started_at = '{later}' WHERE job LIKE 'trend/%'")
     assert states(lag(session, trend, later)) == ["ok"] * 3
+    # One that ends in failure is not done.
+    sql(database_url, "UPDATE batchctl.state SET last_outcome = 'failed' WHERE job = 'trend/1m'")
+    first, *rest = lag(session, trend, later)
+    assert (first.state, "failed when it was last aggregated" in first.found) == ("error", True)
+    assert states(rest) == ["ok"] * 2
     # What is paused is not late.
     sql(database_url, "UPDATE batchctl.state SET last_started_at = NULL, paused = true WHERE job LIKE 'trend/%'")
     assert lag(session, trend, later) == []

@@ -344,7 +344,7 @@ def test_a_rollup_that_left_the_configuration_is_named(session):
 def test_a_source_without_an_index_on_time_is_named(session):
     session.connection.execute("DROP INDEX fact_events_occurred_at_idx")
     warnings = migrate(session, [define()], CLOCK).warnings
-    assert any("CREATE INDEX CONCURRENTLY ON public.fact_events (occurred_at)" in warning for warning in warnings)
+    assert any('CREATE INDEX CONCURRENTLY ON "public"."fact_events" ("occurred_at")' in warning for warning in warnings)
 
 
 def test_a_new_rollup_warns_of_purges(session):

@@ -16,7 +16,7 @@ from rollup_source import DEFINITION, create_source, differences
 from support import wait_for
 
 from batchctl.clock import SystemClock
-from batchctl.rollup import refresh
+from batchctl.rollup import chunk, partitions, refresh
 from batchctl.rollup.ddl import migrate
 from batchctl.rollup.drop import drop
 from batchctl.rollup.refresh import tick
@@ -115,6 +115,7 @@ def test_a_filled_table_that_is_attached_is_aggregated_and_watched(session, log,
     assert ticks(session, log)[0].outcome == "empty"
 
 
+AGAIN = "ALTER TABLE fact_events ATTACH PARTITION day_12 FOR VALUES FROM ('2025-11-12Z') TO ('2025-11-13Z')"
 GONE = {
     "detach": "ALTER TABLE fact_events DETACH PARTITION day_12",
     "drop": "DROP TABLE day_12",
@@ -357,3 +358,77 @@ def test_partitions_that_come_and_go_at_random(session, log, followed):
     ticks(session, log)
     wrong += differences(session.connection) != []
     assert (wrong == 0) == followed
+
+
+RETURNING = {
+    "detach": ("ALTER TABLE fact_events DETACH PARTITION day_12", AGAIN),
+    "drop": ("DROP TABLE day_12", f"CREATE TABLE day_12 ({COLUMNS}); {FILL.format('day_12', '2025-11-12')}; {AGAIN}"),
+}
+
+
+def during(monkeypatch, url, text):
+    """Run a statement between a tick's look at the partitions and its reading of the source, once."""
+    real = chunk._compute
+
+    def compute(*arguments, **options):
+        monkeypatch.setattr(chunk, "_compute", real)
+        with psycopg.connect(url, autocommit=True) as connection:
+            connection.execute(text)
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(chunk, "_compute", compute)
+
+
+@pytest.mark.parametrize("way", RETURNING)
+def test_a_partition_that_was_away_while_a_tick_read_is_counted_again(session, log, monkeypatch, database_url, way):
+    start(session, log)
+    leave, come_back = RETURNING[way]
+    execute(session, "UPDATE fact_events SET value = value + 1 WHERE occurred_at < '2025-11-13Z'")
+    during(monkeypatch, database_url, leave)
+    ticks(session, log)
+    execute(session, come_back)
+    # A control: now the rollup lacks what the tick did not see.
+    assert differences(session.connection) != []
+    ticks(session, log)
+    assert differences(session.connection) == []
+
+
+@pytest.mark.parametrize("witnessed", [True, False], ids=["", "control"])
+def test_a_partition_that_was_there_only_while_a_tick_read_leaves_the_rollup(
+    session, log, monkeypatch, database_url, witnessed
+):
+    if not witnessed:
+        monkeypatch.setattr(partitions, "witness", lambda _: None)
+    start(session, log)
+    free_table(session, "day_14", "2025-11-14")
+    execute(
+        session,
+        "CREATE TABLE day_14_before PARTITION OF fact_events FOR VALUES FROM ('2025-11-14Z') TO ('2025-11-15Z')",
+    )
+    ticks(session, log)
+    execute(
+        session, FILL.format("fact_events", "2025-11-14") + "; ALTER TABLE fact_events DETACH PARTITION day_14_before"
+    )
+    during(
+        monkeypatch,
+        database_url,
+        "ALTER TABLE fact_events ATTACH PARTITION day_14 FOR VALUES FROM ('2025-11-14Z') TO ('2025-11-15Z')",
+    )
+    ticks(session, log)
+    execute(session, "ALTER TABLE fact_events DETACH PARTITION day_14")
+    ticks(session, log)
+    assert (differences(session.connection) == []) == witnessed
+
+
+@pytest.mark.parametrize("named", [True, False], ids=["all actions named", "as documented otherwise"])
+def test_a_merge_that_moves_rows_is_noticed_if_it_names_all_actions(session, log, named):
+    start(session, log)
+    more = "WHEN MATCHED AND false THEN DELETE WHEN NOT MATCHED AND false THEN INSERT DEFAULT VALUES"
+    execute(
+        session,
+        "MERGE INTO fact_events AS kept USING (VALUES ('2025-11-11Z'::timestamptz)) AS given (moment)"
+        " ON kept.occurred_at = given.moment"
+        f" {more if named else ''} WHEN MATCHED THEN UPDATE SET occurred_at = kept.occurred_at + interval '1 day'",
+    )
+    ticks(session, log)
+    assert (differences(session.connection) == []) == named

@@ -15,6 +15,7 @@ from batchctl.config import Rollup
 from batchctl.rollup.ddl import migrate
 from batchctl.rollup.definition import read_definition
 from batchctl.rollup.look import Seen, look_at
+from batchctl.rollup.queue import settle
 from batchctl.rollup.refresh import tick
 from batchctl.state.database import Database
 from batchctl.state.migrate import upgrade
@@ -238,6 +239,31 @@ def test_an_insert_notes_the_buckets_of_its_rows_and_one_bucket_hardly_more_than
         assert {f"{bucket:%H:%M}" for (bucket,) in noted} == minutes
         assert len(noted) <= 3 or len(minutes) > 1
         session.connection.execute("DELETE FROM batchctl.dirty_bucket")
+
+
+@pytest.mark.parametrize("kind", ["timestamptz", "date", "text"])
+def test_a_source_may_have_a_column_called_bucket(database_url, kind):
+    with psycopg.connect(database_url, autocommit=True) as connection:
+        connection.execute(f"CREATE TABLE fact_events (occurred_at timestamptz, bucket {kind})")
+        connection.execute("CREATE INDEX ON fact_events (occurred_at)")
+        # Many rows for each bucket, so that the history is read by jumps in the index.
+        connection.execute(
+            "INSERT INTO fact_events SELECT '2025-11-13Z'::timestamptz + number * interval '0.1 s', NULL"
+            " FROM generate_series(0, 59999) AS number; ANALYZE fact_events"
+        )
+        connection.execute(f"UPDATE fact_events SET bucket = '2030-01-01'::{kind}; ANALYZE fact_events")
+    with connected(database_url) as session:
+        upgrade(session)
+        migrate(session, [DEFINITION], CLOCK)
+        assert tick(session, DEFINITION, "1m", CLOCK, LOG).buckets == 100
+
+
+def test_the_end_of_a_tick_does_not_wait_for_another_that_holds_the_job(session, database_url):
+    _, work = look_at(session, DEFINITION, DEFINITION.finest)
+    with psycopg.connect(database_url) as other:
+        other.execute("SELECT FROM batchctl.state WHERE job = 'trend/1m' FOR NO KEY UPDATE")
+        session.connection.execute("SET lock_timeout = '1ms'")
+        assert settle(work, "success", None) == 0
 
 
 def test_the_digits_that_a_role_asks_for_are_of_no_matter(session):

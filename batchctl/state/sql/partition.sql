@@ -2,20 +2,23 @@
 
 -- name: tree
 -- A source and its partitions of all levels, with what their bounds say of the time, a part of `changes`. Bounds are
--- text, to be read as they were written. A partition that is being detached no longer shows its rows.
+-- text, to be read as they were written. A partition that is being detached shows its rows to older snapshots only.
 setting AS MATERIALIZED (SELECT set_config('DateStyle', 'ISO', true), set_config('TimeZone', 'UTC', true)),
 tree AS (
-    SELECT to_regclass(%(source)s)::oid AS relation, '-infinity'::timestamptz AS low, 'infinity'::timestamptz AS high
+    SELECT
+        to_regclass(%(source)s)::oid AS relation, ''::text AS attached,
+        '-infinity'::timestamptz AS low, 'infinity'::timestamptz AS high
     FROM setting
     WHERE to_regclass(%(source)s) IS NOT NULL
     UNION
     SELECT
         inhrelid,
+        pg_inherits.xmin::text,
         greatest(tree.low, bounds[1]::timestamptz),
         -- Only with further columns in the key does a partition hold rows of its upper bound itself.
         least(tree.high, bounds[2]::timestamptz - CASE partnatts WHEN 1 THEN interval '1us' ELSE interval '0' END)
     FROM tree
-    JOIN pg_inherits ON inhparent = tree.relation AND NOT inhdetachpending
+    JOIN pg_inherits ON inhparent = tree.relation {staying}
     JOIN pg_class AS child ON child.oid = inhrelid
     LEFT JOIN pg_partitioned_table ON partrelid = inhparent AND partstrat = 'r'
     LEFT JOIN pg_attribute AS key ON key.attrelid = inhparent AND key.attnum = partattrs[0] AND key.attname = %(time)s
@@ -27,11 +30,15 @@ tree AS (
     ) AS written
 )
 
+-- name: staying
+AND NOT inhdetachpending
+
 -- name: changes
 -- How the partitions differ from those that were remembered, and which of those are not done with.
 WITH RECURSIVE {tree}
 SELECT
     coalesce(tree.relation, known.relation)::bigint AS relation,
+    coalesce(tree.attached, known.attached) AS attached,
     namespace.nspname AS schema, class.relname AS name, class.relkind::text AS kind,
     tree.low::text AS low, tree.high::text AS high,
     tree.relation IS NULL AS gone,
@@ -39,7 +46,8 @@ SELECT
     coalesce(known.queued, false) AS queued
 FROM tree
 FULL JOIN (SELECT * FROM {schema}.source_partition WHERE rollup = %(rollup)s) AS known
-    ON known.relation = tree.relation AND known.low = tree.low AND known.high = tree.high
+    ON known.relation = tree.relation AND known.attached = tree.attached
+        AND known.low = tree.low AND known.high = tree.high
 LEFT JOIN pg_class AS class ON class.oid = tree.relation
 LEFT JOIN pg_namespace AS namespace ON namespace.oid = class.relnamespace
 WHERE (known.relation IS NULL OR tree.relation IS NULL OR NOT known.tracked OR NOT known.queued)
@@ -51,7 +59,8 @@ ORDER BY gone DESC, namespace.nspname, class.relname
 -- Forgets partitions that are gone, and notes what the table has of the time they covered.
 WITH gone AS (
     DELETE FROM {schema}.source_partition
-    WHERE rollup = %(rollup)s AND relation = ANY (%(relations)s::oid[])
+    WHERE rollup = %(rollup)s
+        AND (relation, attached) IN (SELECT * FROM unnest(%(relations)s::oid[], %(attached)s::text[]))
     RETURNING CASE WHEN isfinite(low) THEN {bucket_of_low} ELSE low END AS low, high
 ), noted AS (
     INSERT INTO {schema}.dirty_bucket (rollup, grain, bucket)
@@ -86,7 +95,29 @@ WITH covered AS MATERIALIZED (
 SELECT count(*) AS buckets FROM noted
 
 -- name: remember
-INSERT INTO {schema}.source_partition (rollup, relation, low, high, tracked, queued)
+INSERT INTO {schema}.source_partition (rollup, relation, attached, low, high, tracked, queued)
 VALUES {rows}
-ON CONFLICT (rollup, relation) DO UPDATE
+ON CONFLICT (rollup, relation, attached) DO UPDATE
 SET low = excluded.low, high = excluded.high, tracked = excluded.tracked, queued = excluded.queued
+
+-- name: strange
+-- Whether the source has a partition that is not remembered: little to ask beside what bounds say.
+WITH RECURSIVE tree AS (
+    SELECT to_regclass(%(source)s)::oid AS relation, ''::text AS attached
+    UNION
+    SELECT inhrelid, pg_inherits.xmin::text
+    FROM tree
+    JOIN pg_inherits ON inhparent = tree.relation
+)
+SELECT EXISTS (
+    SELECT relation, attached FROM tree
+    EXCEPT
+    SELECT relation, attached FROM {schema}.source_partition WHERE rollup = %(rollup)s
+) AS found
+
+-- name: witness
+-- Remembers partitions whose rows may have been counted before a tick has followed them: the next one does.
+WITH RECURSIVE {tree}
+INSERT INTO {schema}.source_partition (rollup, relation, attached, low, high, tracked, queued)
+SELECT %(rollup)s, relation, attached, low, high, false, false FROM tree
+ON CONFLICT (rollup, relation, attached) DO NOTHING

@@ -120,11 +120,14 @@ SHOW work_mem;
 SET LOCAL extra_float_digits = 1;
 SET LOCAL row_security = off;
 SET LOCAL TimeZone = 'GMT';
+SET LOCAL DateStyle = 'ISO, MDY';
+SET LOCAL IntervalStyle = 'postgres';
+SET LOCAL bytea_output = 'hex';
 SET LOCAL jit = off;
 SET LOCAL synchronous_commit = off;
 SET LOCAL lock_timeout = '10s';
 SET LOCAL statement_timeout = {statement_timeout};
-SET LOCAL idle_in_transaction_session_timeout = '60s'
+SET LOCAL idle_in_transaction_session_timeout = '60s'{unlimited}
 
 -- name: more_memory
 SET LOCAL work_mem = {work_memory}
@@ -192,7 +195,7 @@ FROM {source}
 WHERE isfinite({time}) AND {time} >= {floor} AND {bucket} >= {floor}
 
 -- name: queue_dense_history
--- The same by jumping from bucket to bucket in an index on the time.
+-- The same by jumping from bucket to bucket in an index on the time. The source may have a column `bucket` of its own.
 WITH RECURSIVE found AS (
     (
         SELECT {bucket} AS bucket FROM {source}
@@ -200,7 +203,7 @@ WITH RECURSIVE found AS (
     )
     UNION ALL
     SELECT (
-        SELECT {bucket} FROM {source} WHERE {time} >= {next} AND {time} < 'infinity' ORDER BY {time} LIMIT 1
+        SELECT {bucket} FROM {source} WHERE {time} >= {next_found} AND {time} < 'infinity' ORDER BY {time} LIMIT 1
     )
     FROM found
     WHERE found.bucket IS NOT NULL
@@ -460,11 +463,16 @@ RETURNING (
 ) AS remaining
 
 -- name: end
--- The end of a tick that could not hold the job, or was refused.
+-- The end of a tick that could not hold the job, unless somebody still holds it, who will record an end too.
 UPDATE {schema}.state
-SET last_completed_at = clock_timestamp(), last_outcome = %(outcome)s,
-    aggregated_until = greatest(aggregated_until, to_timestamp(%(until)s))
-WHERE job = %(job)s
+SET last_completed_at = clock_timestamp(), last_outcome = %(outcome)s
+WHERE job = (SELECT job FROM {schema}.state WHERE job = %(job)s FOR UPDATE SKIP LOCKED)
+
+-- name: failed
+-- A tick that was refused, or that ended before it came to anything.
+UPDATE {schema}.state
+SET last_started_at = now(), last_completed_at = clock_timestamp(), last_outcome = 'failed'
+WHERE job = (SELECT job FROM {schema}.state WHERE job = %(job)s FOR UPDATE SKIP LOCKED)
 
 -- name: read_range
 -- The groups of neighbouring buckets.

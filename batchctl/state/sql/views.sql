@@ -26,7 +26,8 @@ SELECT {computed} FROM {schema}.{function}() AS open_buckets
 -- source is the application's. It computes under the settings that a refresh has, and reads in its caller's snapshot.
 CREATE OR REPLACE FUNCTION {schema}.{function}() RETURNS TABLE ({columns})
 LANGUAGE sql STABLE SECURITY DEFINER
-SET search_path = {path} SET "TimeZone" = 'UTC' SET extra_float_digits = 1 SET row_security = off SET jit = off
+SET search_path = {path} SET "TimeZone" = 'UTC' SET "DateStyle" = 'ISO, MDY' SET "IntervalStyle" = 'postgres'
+SET bytea_output = 'hex' SET extra_float_digits = 1 SET row_security = off SET jit = off
 AS {body}
 
 -- name: close_function

@@ -1,0 +1,12 @@
+-- A partition that goes and comes back between two looks is told apart from one that stayed.
+
+ALTER TABLE {schema}.source_partition
+    ADD COLUMN attached text NOT NULL DEFAULT '',
+    DROP CONSTRAINT source_partition_pkey,
+    ADD PRIMARY KEY (rollup, relation, attached);
+UPDATE {schema}.source_partition
+SET attached = coalesce((SELECT min(pg_inherits.xmin::text) FROM pg_inherits WHERE inhrelid = relation), '');
+COMMENT ON TABLE  {schema}.source_partition          IS 'A partitioned source and its partitions of all levels, as ticks found them.';
+COMMENT ON COLUMN {schema}.source_partition.attached IS 'Transaction that attached it, which a later attachment of the same table does not share; empty for the source.';
+COMMENT ON TABLE  {schema}.dirty_bucket              IS 'Notes of buckets whose source changed, as triggers append them; a tick is done with them, or sorts them into queued_bucket.';
+COMMENT ON COLUMN {schema}.state.notes_seen          IS 'Of a grain: with every note that this snapshot shows a tick is done.';
