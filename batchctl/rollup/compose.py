@@ -34,9 +34,14 @@ def condition(definition: Definition) -> sql.Composable:
     return sql.SQL(" AND ({})").format(operator_sql(definition.where)) if definition.where else sql.SQL("")
 
 
+def spelled(*name: str) -> str:
+    """Quote a name for a value or a message."""
+    return sql.Identifier(*name).as_string()
+
+
 def quoted(*name: str) -> sql.SQL:
     """Quote a name for a statement that is run with parameters, which would take its percent signs for theirs."""
-    return operator_sql(sql.Identifier(*name).as_string())
+    return operator_sql(spelled(*name))
 
 
 def names(columns: Iterable[str], *prefix: str) -> sql.Composed:

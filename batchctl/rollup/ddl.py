@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from batchctl.errors import ConfigurationError
-from batchctl.rollup import apply, change, partitions, views
+from batchctl.rollup import apply, change, compose, partitions, views
 from batchctl.rollup.apply import PATIENCE_SECONDS, Manner
 from batchctl.rollup.definition import NEXT, Places, Table, differences, is_switch, next_name
 from batchctl.rollup.drop import check_droppable, triggers_of
@@ -15,7 +15,6 @@ from batchctl.rollup.refresh import NO_LIMITS
 from batchctl.rollup.source import find
 from batchctl.rollup.steps import Step, completion, creation, removal, switch, tracking
 from batchctl.rollup.swap import leftover, swap
-from batchctl.state.database import sql
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -260,14 +259,9 @@ def _advice(session: Session, definition: Definition, found: Found) -> list[str]
     if not found.indexed:
         warnings.append(
             f"{place}: {source} has no index that starts with {time}, so each refresh reads the whole table; "
-            f"CREATE INDEX CONCURRENTLY ON {_spelled(*source)} ({_spelled(time)}) makes it quick"
+            f"CREATE INDEX CONCURRENTLY ON {compose.spelled(*source)} ({compose.spelled(time)}) makes it quick"
         )
     return warnings
-
-
-def _spelled(*names: str) -> str:
-    """Write a name so that it can be pasted into a statement."""
-    return sql.Identifier(*names).as_string()
 
 
 def _refuse_shared_targets(plans: Iterable[_Plan]) -> None:

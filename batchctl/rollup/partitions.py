@@ -72,14 +72,14 @@ def witness(work: Work) -> None:
     What was read is attached until the transaction ends, because to detach it needs a lock that readers exclude. So a
     partition whose rows were counted is one that is remembered, and is missed if it is gone when the next tick looks.
     """
-    values = {"rollup": work.definition.name, "time": work.definition.time, "source": _spelled(work.places.source)}
+    values = {
+        "rollup": work.definition.name,
+        "time": work.definition.time,
+        "source": compose.spelled(*work.places.source),
+    }
     if work.session.run_at_once(work.session.statement("partition.strange"), values)[0].found:
         tree = work.session.statement("partition.tree", staying=sql.SQL(""))
         work.session.run(work.session.statement("partition.witness", tree=tree), values)
-
-
-def _spelled(table: Table) -> str:
-    return sql.Identifier(*table).as_string()
 
 
 def _changes(session: Session, rollup: str, time: str, source: Table) -> list[Any]:
@@ -87,7 +87,7 @@ def _changes(session: Session, rollup: str, time: str, source: Table) -> list[An
     statement = session.statement("partition.changes", tree=tree)
     return session.run(
         statement,
-        {"rollup": rollup, "time": time, "source": _spelled(source)},
+        {"rollup": rollup, "time": time, "source": compose.spelled(*source)},
     )
 
 

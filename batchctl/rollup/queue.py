@@ -71,7 +71,7 @@ def _is_dense(work: Work) -> bool:
 
 
 def _source_oid(work: Work) -> int:
-    oid: int = work.session.fetch_one("rollup.find_table", table=sql.Identifier(*work.places.source).as_string()).oid
+    oid: int = work.session.fetch_one("rollup.find_table", table=compose.spelled(*work.places.source)).oid
     return oid
 
 

@@ -144,7 +144,7 @@ def _queue(session: Session, change: Change, named: dict[str, sql.Composable]) -
 
 
 def _partitions(session: Session, change: Change, named: dict[str, sql.Composable]) -> Iterator[sql.Composed]:
-    tables = [sql.Identifier(*table).as_string() for table in change.found.tables]
+    tables = [compose.spelled(*table) for table in change.found.tables]
     yield session.statement("rollup.forget_partitions", rollup=named["rollup"])
     yield session.statement("swap.rename_partitions", tables=sql.Literal(tables), **named)
 
@@ -170,7 +170,7 @@ def _arrival(session: Session, change: Change) -> Iterator[sql.Composed]:
         was, name = (compose.short(f"{table.name}_bucket_not_null") for table in (made, target))
         body = session.statement(
             "swap.not_null_body",
-            relation=sql.Literal(sql.Identifier(*target).as_string()),
+            relation=sql.Literal(compose.spelled(*target)),
             old=sql.Literal(was),
             table=sql.Identifier(*target),
             constraint=sql.Identifier(was),

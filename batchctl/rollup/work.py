@@ -70,7 +70,7 @@ class Work:
     @cached_property
     def stored_types(self) -> dict[str, str]:
         """Return the type of each column of the table, with its collation."""
-        table = sql.Identifier(*self.places.targets[self.grain.name]).as_string()
+        table = compose.spelled(*self.places.targets[self.grain.name])
         return {row.name: row.type for row in self.session.fetch("rollup.stored_types", table=table)}
 
     @cached_property

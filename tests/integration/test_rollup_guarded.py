@@ -407,6 +407,17 @@ def test_what_a_text_means_depends_on_no_setting(session, setting, measure, kept
     assert query(session, "SELECT kept::text FROM agg_1h") == [(kept,)]
 
 
+def test_a_transaction_may_take_longer_than_the_role_allows(session):
+    definition = define(where="pg_sleep(0.01) IS NOT NULL")
+    migrate(session, [definition], CLOCK)
+    execute(session, "INSERT INTO fact_events (occurred_at) SELECT '2025-11-13Z' FROM generate_series(1, 120)")
+    # Before PostgreSQL 17 there is no such setting, and it must not be asked for either.
+    if session.connection.info.server_version >= 170_000:
+        execute(session, "SET transaction_timeout = '500ms'")
+    assert ticks(session, definition) == ["success"] * 3
+    assert query(session, "SELECT events FROM agg_1h") == [(120,)]
+
+
 def test_a_cast_in_a_measure_depends_on_no_time_zone(session):
     definition = define(measures={"last": "max(occurred_at::date)"}, where="extract(hour FROM occurred_at) = 23")
     migrate(session, [definition], CLOCK)
