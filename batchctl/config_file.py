@@ -89,8 +89,8 @@ def decode(data: dict[str, Any], path: Path, environment: Mapping[str, str]) -> 
     if environment.get("BATCHCTL_DATABASE_URL"):
         database = Database(url=environment["BATCHCTL_DATABASE_URL"], schema=database.schema)
     elif (database.url is None) != database.embedded:
-        found = "found neither" if database.url is None else "found both"
-        reader.refuse("database", f"{found} url and embedded; expected `embedded = true` or a `url`, one of them")
+        found = "found neither url nor" if database.url is None else "found both url and"
+        reader.refuse("database", f"{found} embedded; expected `embedded = true` or a `url`, one of them")
     if document.state_dir is not None:
         state_dir = reader.directory(document.state_dir)
     elif os.geteuid() == 0:

@@ -163,8 +163,12 @@ class Reader:
                 if grain not in rollup.grains:
                     self.refuse(f"{key_path}.{key}.{grain}", f"expected one of the grains {choices(rollup.grains)}")
         self.unique(f"{key_path}.dimensions", rollup.dimensions)
-        names = ("bucket", *rollup.dimensions, *rollup.measures)
-        self.unique(f"{key_path}.measures", names)
+        if "bucket" in rollup.dimensions:
+            self.refuse(f"{key_path}.dimensions", "found 'bucket', which the table's own column is called")
+        for name in rollup.measures:
+            if name == "bucket" or name in rollup.dimensions:
+                whose = "the column of the bucket" if name == "bucket" else "a dimension"
+                self.refuse(f"{key_path}.measures.{name}", f"{whose} has this name too; expected another one")
         return rollup
 
     def grains(self, key_path: str, grains: tuple[str, ...]) -> None:

@@ -72,7 +72,10 @@ class Session:
         if name is not None and name not in rollups:
             raise UsageError(f"no such rollup: {choices([name])}; configured: {known}")
         if not rollups:
-            raise UsageError(f"{self.configuration.path} configures no rollup; `batchctl init` writes an example")
+            raise UsageError(
+                f"{self.configuration.path} configures no rollup: it has no [rollup.NAME]; a file that `batchctl init` "
+                "wrote has one to be uncommented"
+            )
         return tuple(self._definitions.values()) if name is None else (self._definitions[name],)
 
     def explained(self, error: BaseException | None) -> ConfigurationError | None:

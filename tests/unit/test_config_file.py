@@ -106,7 +106,9 @@ def test_defaults_are_those_that_are_promised():
         ("rollup", 'target = "agg"', "rollup.trend.target", "found 'agg', expected {grain}"),
         ("rollup", 'schedule = { "2m" = "* * * * *" }', "rollup.trend.schedule.2m", "one of the grains 1m, 5m, 1h"),
         ("rollup", 'schedule = { "1m" = "* * *" }', "rollup.trend.schedule.1m", "found '* * *'"),
-        ("rollup", 'dimensions = ["bucket"]', "rollup.trend", "'bucket'"),
+        ("rollup", 'dimensions = ["bucket"]', "rollup.trend.dimensions", "found 'bucket'"),
+        ("rollup", 'dimensions = ["events"]', "rollup.trend.measures.events", "a dimension has this name too"),
+        ("measures", 'bucket = "sum(x)"', "rollup.trend.measures.bucket", "the column of the bucket has this name too"),
         ("measures", 'm = "median(x)"', "rollup.trend.measures.m", "found 'median(x)'"),
     ],
 )
@@ -122,7 +124,7 @@ def test_mistakes(part, text, path, found):
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("", "database: found neither url and embedded"),
+        ("", "database: found neither url nor embedded"),
         ('[database]\nurl = "postgresql://x"\nembedded = true', "database: found both"),
         ('[database]\nurl = ""', "database.url: found ''"),
         ('[database]\nembedded = true\nschema = "a%b"', "database.schema: found 'a%b', expected a name without %"),
