@@ -172,12 +172,11 @@ class Aggregate:
         return result
 
     def _queue(self, log: logging.Logger, definition: Definition, grain: str) -> bool:
-        """Queue the range of a rebuild; False if there is none."""
+        """Queue the range of a rebuild; False if there is none, or nothing in it."""
         if self.rebuild is None:
             return False
         session = self._connected().session
-        queue.rebuild(session, definition, grain, self.rebuild.start, self.rebuild.end, log=log)
-        return True
+        return queue.rebuild(session, definition, grain, self.rebuild.start, self.rebuild.end, log=log) > 0
 
     def _failed(self, log: logging.Logger, definition: Definition, grain: str, error: BatchctlError) -> GrainResult:
         reason = " ".join(str(error).split())

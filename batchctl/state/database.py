@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from contextlib import ExitStack, contextmanager, suppress
@@ -61,6 +62,10 @@ CONNECTION_DEFAULTS: Mapping[str, Any] = {
     "keepalives_count": 3,
     "tcp_user_timeout": 60_000,
 }
+
+
+# What goes wrong comes as an error; what the driver says besides would stand among our lines in a form of its own.
+logging.getLogger("psycopg").setLevel(logging.CRITICAL)
 
 
 class DatabaseBusyError(DatabaseUnavailableError):
