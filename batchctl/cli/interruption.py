@@ -42,6 +42,10 @@ def interruptible() -> Iterator[None]:
     before = {number: signal.signal(number, interrupt) for number in numbers}
     try:
         yield
+    except Interrupted:
+        # The process is about to end; it need not be killed on its way.
+        before.pop(signal.SIGHUP, None)
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
