@@ -9,7 +9,8 @@ from batchctl.rollup import compose
 from batchctl.rollup.bucket import EARLIEST, Bucket, shown
 from batchctl.rollup.definition import Places, differences, is_switch, next_name
 from batchctl.rollup.work import Work
-from batchctl.state.database import MissingObjectError, sql
+from batchctl.state.database import sql
+from batchctl.state.driver_errors import MissingObjectError
 from batchctl.state.migrate import WrongSchemaError, require_schema
 from batchctl.state.sql import LATEST_VERSION
 

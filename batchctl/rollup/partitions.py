@@ -9,7 +9,8 @@ from batchctl.rollup import compose
 from batchctl.rollup.definition import Table
 from batchctl.rollup.queue import UNLIMITED
 from batchctl.rollup.steps import LOCK_MILLISECONDS, LOCK_TIMEOUT, Step, missing_triggers
-from batchctl.state.database import MissingObjectError, sql
+from batchctl.state.database import sql
+from batchctl.state.driver_errors import MissingObjectError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

@@ -13,7 +13,7 @@ from batchctl.rollup.bucket import shown
 from batchctl.rollup.chunk import Attempt, since
 from batchctl.rollup.look import FEW_BUCKETS, look_at
 from batchctl.rollup.result import Advance, GrainResult
-from batchctl.state.database import DatabaseBusyError
+from batchctl.state.driver_errors import DatabaseBusyError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

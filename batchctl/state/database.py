@@ -1,4 +1,4 @@
-"""Short connections to one database, statements by name, driver errors in our own words."""
+"""Short connections to one database, and statements by name."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict
 from psycopg.rows import namedtuple_row
 
-from batchctl.errors import BatchctlError, ConfigurationError, DatabaseRefusedError, DatabaseUnavailableError
+from batchctl.errors import ConfigurationError, DatabaseUnavailableError
+from batchctl.state.driver_errors import translate
 from batchctl.state.sql import named_queries
 
 if TYPE_CHECKING:
@@ -30,16 +31,6 @@ CONNECT_SECONDS = 4
 FIRST_WITH_TRANSACTION_TIMEOUT = 170_000
 CANCEL_SECONDS = 2
 LEADING_ELSEWHERE = {"PGHOST", "PGHOSTADDR", "PGPORT", "PGDATABASE", "PGUSER", "PGSERVICE", "PGOPTIONS"}
-UNDEFINED = {"42P01", "3F000", "42703"}
-"""SQLSTATE of a missing table, schema or column."""
-READ_ONLY = "25006"
-"""SQLSTATE of a standby, or of a database that was made read-only."""
-IN_THE_WAY = {"40P01", "55P03"}
-"""SQLSTATE of a deadlock and of a lock that was not free in time."""
-PASSING = {*IN_THE_WAY, "40001", "57014"}
-"""The same, a serialization failure, and a statement that took too long or was canceled."""
-LASTING = ("22", "23")
-"""Classes of SQLSTATE that the same statement will meet again: wrong data, a violated constraint."""
 
 BOUNDS = sql.SQL(
     "SHOW synchronous_commit; "
@@ -63,21 +54,8 @@ CONNECTION_DEFAULTS: Mapping[str, Any] = {
     "tcp_user_timeout": 60_000,
 }
 
-
 # What goes wrong comes as an error; what the driver says besides would stand among our lines in a form of its own.
 logging.getLogger("psycopg").setLevel(logging.CRITICAL)
-
-
-class DatabaseBusyError(DatabaseUnavailableError):
-    """The database was reached; something that passes kept a statement from its end."""
-
-
-class WrongDataError(DatabaseRefusedError):
-    """The server will never take these values."""
-
-
-class MissingObjectError(DatabaseRefusedError):
-    """A table, schema or column that a statement names does not exist."""
 
 
 class Session:
@@ -119,7 +97,7 @@ class Session:
             cursor = self.connection.execute(statement, parameters, binary=parameters is not None)
             return cursor.fetchall() if cursor.description else []
         except psycopg.Error as error:
-            raise _translate(error, self._place) from error
+            raise translate(error, self._place) from error
 
     def run_at_once(self, statement: sql.SQL | sql.Composed, parameters: Mapping[str, Any]) -> list[Any]:
         """Execute a statement that returns no instants, with its values written into it.
@@ -129,7 +107,7 @@ class Session:
         try:
             text: Any = psycopg.ClientCursor(self.connection).mogrify(statement, parameters)
         except psycopg.Error as error:
-            raise _translate(error, self._place) from error
+            raise translate(error, self._place) from error
         return self.run(sql.SQL(text))
 
     def fetch(self, name: str, /, **parameters: Any) -> list[Any]:
@@ -217,7 +195,7 @@ class Database:
             with self._open(patience, limit, start_server=start_server) as connection:
                 yield Session(connection, self.schema, self.place)
         except psycopg.Error as error:
-            raise _translate(error, self.place) from error
+            raise translate(error, self.place) from error
 
     def _open(self, patience: float, limit: float | None, *, start_server: bool) -> psycopg.Connection[Any]:
         parameters = dict(self.parameters)
@@ -289,30 +267,3 @@ def _place(parameters: Mapping[str, Any]) -> str:
     host = parameters.get("host") or parameters.get("hostaddr") or parameters.get("service")
     name = parameters.get("dbname")
     return f"the database{f' {name!r}' if name else ''}{f' on {host}' if host else ''}"
-
-
-def _translate(error: psycopg.Error, place: str) -> BatchctlError:
-    """Turn a driver error into ours, by SQLSTATE."""
-    state = error.sqlstate
-    text = " ".join((error.diag.message_primary or str(error) or type(error).__name__).split())
-    if state is None:
-        if isinstance(error, psycopg.OperationalError):
-            return DatabaseUnavailableError(f"{place} cannot be reached: {_without_noise(text)}")
-        return DatabaseRefusedError(f"{place}: {text}")
-    if state in PASSING:
-        blamed = "; another session is in the way, pg_locks shows which" if state in IN_THE_WAY else ""
-        return DatabaseBusyError(f"{place}: {text}{blamed}")
-    # Connection lost, out of resources, an I/O error, shutting down.
-    if state[:2] in ("08", "53", "58") or state[:3] == "57P" or state == READ_ONLY:
-        return DatabaseUnavailableError(f"{place} is not available: {text}")
-    if state == "42501":
-        return ConfigurationError(f"{place}: {text}; grant the right, or connect as a role that has it")
-    kind = (
-        MissingObjectError if state in UNDEFINED else WrongDataError if state[:2] in LASTING else DatabaseRefusedError
-    )
-    return kind(f"{place}: {text} (SQLSTATE {state})")
-
-
-def _without_noise(text: str) -> str:
-    """Cut libpq's advice, which repeats itself for each address tried."""
-    return re.sub(r" Is the server running [^?]*\?", "", text)

@@ -13,7 +13,7 @@ import msgspec
 
 from batchctl.errors import ConfigurationError, DatabaseUnavailableError
 from batchctl.paths import private_directory, refuse_foreign
-from batchctl.state.database import WrongDataError
+from batchctl.state.driver_errors import WrongDataError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping

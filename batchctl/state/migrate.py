@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from batchctl.errors import ConfigurationError
-from batchctl.state.database import MissingObjectError, sql
+from batchctl.state.database import sql
+from batchctl.state.driver_errors import MissingObjectError
 from batchctl.state.sql import LATEST_VERSION, migrations
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from batchctl.state.claim import Claim, JobState, LiveRun, PastRun, PastStep, StoredRun
-from batchctl.state.database import WrongDataError
+from batchctl.state.driver_errors import WrongDataError
 from batchctl.state.migrate import require_schema
 
 if TYPE_CHECKING:

@@ -9,7 +9,8 @@ import pytest
 from batchctl.batch.run import Claimed
 from batchctl.clock import SystemClock
 from batchctl.errors import DatabaseUnavailableError
-from batchctl.state.database import Database, WrongDataError
+from batchctl.state.database import Database
+from batchctl.state.driver_errors import WrongDataError
 from batchctl.state.journal import Journal
 
 
