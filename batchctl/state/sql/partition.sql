@@ -13,7 +13,8 @@ tree AS (
     UNION
     SELECT
         inhrelid,
-        pg_inherits.xmin::text,
+        -- All the way down, because a tree comes and goes as one.
+        concat(tree.attached, '/', pg_inherits.xmin),
         greatest(tree.low, bounds[1]::timestamptz),
         -- Only with further columns in the key does a partition hold rows of its upper bound itself.
         least(tree.high, bounds[2]::timestamptz - CASE partnatts WHEN 1 THEN interval '1us' ELSE interval '0' END)
@@ -105,7 +106,7 @@ SET low = excluded.low, high = excluded.high, tracked = excluded.tracked, queued
 WITH RECURSIVE tree AS (
     SELECT to_regclass(%(source)s)::oid AS relation, ''::text AS attached
     UNION
-    SELECT inhrelid, pg_inherits.xmin::text
+    SELECT inhrelid, concat(tree.attached, '/', pg_inherits.xmin)
     FROM tree
     JOIN pg_inherits ON inhparent = tree.relation
 )

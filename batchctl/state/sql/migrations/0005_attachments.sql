@@ -5,8 +5,8 @@ ALTER TABLE {schema}.source_partition
     DROP CONSTRAINT source_partition_pkey,
     ADD PRIMARY KEY (rollup, relation, attached);
 UPDATE {schema}.source_partition
-SET attached = coalesce((SELECT min(pg_inherits.xmin::text) FROM pg_inherits WHERE inhrelid = relation), '');
+SET attached = coalesce((SELECT min(concat('/', pg_inherits.xmin)) FROM pg_inherits WHERE inhrelid = relation), '');
 COMMENT ON TABLE  {schema}.source_partition          IS 'A partitioned source and its partitions of all levels, as ticks found them.';
-COMMENT ON COLUMN {schema}.source_partition.attached IS 'Transaction that attached it, another one each time; empty for the source.';
+COMMENT ON COLUMN {schema}.source_partition.attached IS 'Transactions that attached it and what it is in, others each time; empty for the source.';
 COMMENT ON TABLE  {schema}.dirty_bucket              IS 'Notes of buckets whose source changed, as triggers append them; a tick deletes them, or sorts them into queued_bucket.';
 COMMENT ON COLUMN {schema}.state.notes_seen          IS 'Of a grain: with every note that this snapshot shows a tick is done.';
