@@ -2,10 +2,10 @@
 
     python tests/benchmarks/instructions.py [--binaries DIRECTORY] [--json]
 
-Needs valgrind. A source with batchctl's triggers is compared with the same table without any, and with two triggers
-that note nothing: one that only asks PostgreSQL for the table of new rows, and one that reads that table to its end.
-No trigger that sees every row can be cheaper than these. What the system's kernel does for the server (files, the disk)
-is not counted. docs/explanation/measurements.md tells what came out.
+Needs valgrind. A source with batchctl's triggers is compared with the same table without any, and with triggers that
+note nothing: one that only asks PostgreSQL for the table of new rows, one that reads that table to its end, and two
+that look at each row as well. No trigger that sees every row can be cheaper than the second. What the system's kernel
+does for the server (files, the disk) is not counted. docs/explanation/measurements.md tells what came out.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from private_server import PrivateServer, find_binaries
+from rollup import EVENTS, bins
 
 CONFIGURATION = """
 [rollup.trend]
@@ -30,13 +31,19 @@ dimensions = ["event_type", "item"]
 [rollup.trend.measures]
 events = "count(*)"
 """
-EVENTS = "(occurred_at timestamptz NOT NULL, event_type text NOT NULL, item text NOT NULL, value integer NOT NULL)"
 TABLES = {
     "fact_events": "batchctl",
     "asking_events": "a trigger that only asks for the new rows",
     "reading_events": "a trigger that only reads the new rows",
+    "comparing_events": "a trigger that compares their buckets with one",
+    "spanning_events": "a trigger that finds the first and last time",
 }
-BODIES = {"asking_events": "", "reading_events": "PERFORM FROM new_rows OFFSET 1000000000;"}
+BODIES = {
+    "asking_events": "",
+    "reading_events": "PERFORM FROM new_rows OFFSET 1000000000;",
+    "comparing_events": f"PERFORM FROM new_rows WHERE {bins('1 minute')} = '2000-01-01' OFFSET 1000000000;",
+    "spanning_events": "PERFORM min(occurred_at), max(occurred_at) FROM new_rows;",
+}
 BULK, BULK_STEP = 100_000, "86.4 ms"
 """As dense as a million events a day."""
 
